@@ -1,0 +1,161 @@
+"""The config: what it fills in, and what it says of everything that is wrong."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvbench import config, grid
+from kvbench.errors import UserError
+
+COMMIT = "b968826d9c46dd6066d109eabc6255188de91218"
+HUB = {"hub": "Qwen/Qwen3-8B", "revision": COMMIT}
+SMALLEST: dict[str, Any] = {
+    "models": {"m": {"source": HUB}},
+    "methods": {"baseline": "none", "knorm-0.8": {"press": "KnormPress", "args": {"compression_ratio": 0.8}}},
+}
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    return copy.deepcopy(SMALLEST) | keys
+
+
+def method(spec: Any) -> dict[str, Any]:
+    return changed(methods={"x": spec})
+
+
+def test_everything_but_models_and_methods_has_a_default() -> None:
+    filled = config.load(SMALLEST)
+    assert filled.workloads["chat"].batch_size == 64
+    assert filled.dataset.selection == "human_first"
+    assert filled.protocol.name == "standard"
+    assert filled.padding("chat") == "none"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (changed(worklods={}), ["worklods", "did you mean 'workloads'"]),
+        (changed(models={"m": {"source": HUB, "dtpe": "auto"}}), ["models.m", "'dtpe'", "did you mean 'dtype'"]),
+        (changed(models={"m": {"source": HUB | {"revision": "main"}}}), ["models.m.source.revision", "'main'", "commit"]),
+        (changed(models={"m": {"source": HUB | {"path": "x"}}}), ["models.m.source", "exactly one"]),
+        (changed(models={"m": {}}), ["models.m.source", "missing"]),
+        (changed(models={}), ["models", "at least 1"]),
+        (changed(models={"a b": {"source": HUB}}), ["'a b'"]),
+        ({"methods": SMALLEST["methods"]}, ["models", "missing"]),
+        (method({"press": "KnormPres"}), ["methods.x.press", "'KnormPres'", "did you mean 'KnormPress'"]),
+        (method({"press": "BasePress"}), ["methods.x.press", "'BasePress'"]),
+        (
+            method({"press": "KnormPress", "args": {"compresion_ratio": 0.5}}),
+            ["methods.x.args.compresion_ratio", "did you mean 'compression_ratio'"],
+        ),
+        (method({"press": "KnormPress", "args": {"compression_ratio": 1.0}}), ["compression_ratio", "1.0", "[0, 1)"]),
+        (method({"press": "KnormPress", "args": {"compression_ratio": -0.1}}), ["-0.1", "[0, 1)"]),
+        (method({"press": "KnormPress", "args": {"compression_ratio": "high"}}), ["'high'", "float"]),
+        (method({"press": "SnapKVPress", "args": {"window_size": 1.5}}), ["window_size", "1.5", "int"]),
+        (method({"press": "AdaKVPress"}), ["methods.x.args", "needs the argument 'press'"]),
+        (method({"press": "AdaKVPress", "args": {"press": "SnapKVPress"}}), ["methods.x.args.press", "class name"]),
+        (
+            method({"press": "AdaKVPress", "args": {"press": {"press": "SnapKVPres"}}}),
+            ["methods.x.args.press.press", "did you mean 'SnapKVPress'"],
+        ),
+        (method({"press": "AdaKVPress", "args": {"press": {"press": "ThinKPress"}}}), ["ThinKPress is no ScorerPress"]),
+        (
+            method({"press": "ComposedPress", "args": {"presses": [{"press": "KnormPress", "args": {"ratio": 1}}]}}),
+            ["methods.x.args.presses[0].args.ratio", "it takes: compression_ratio"],
+        ),
+        (method("dense"), ["methods.x", "'dense'", "a method is none"]),
+        (method({"dms": {"checkpoint": "nvidia/x"}}), ["methods.x.dms", "revision"]),
+        (method({"dms": {}}), ["methods.x.dms", "exactly one of the keys checkpoint, adapter"]),
+        (changed(workloads={"w": {"batch_size": 0}}), ["workloads.w.batch_size", "0", "greater than or equal to 1"]),
+        (changed(workloads={"w": {"batch_size": "4"}}), ["workloads.w.batch_size", "'4'", "integer"]),
+        (changed(workloads={"w": {"batch_size": True}}), ["workloads.w.batch_size", "True"]),
+        (changed(workloads={"w": {"new_tokens": 1}}), ["workloads.w.new_tokens", "1"]),
+        (changed(workloads={"w": {"padding": "article"}}), ["workloads.w.padding", "protocol.name: article"]),
+        (changed(protocol={"name": "standrd"}), ["protocol.name", "'standrd'", "'standard' or 'article'"]),
+        (changed(variants=[{"model": "m", "method": "knorm"}]), ["variants[0].method", "did you mean 'knorm-0.8'"]),
+        (changed(variants=[{"model": "m", "method": "baseline"}] * 2), ["variants[1]", "twice"]),
+        (changed(dataset={"source": {"path": "nowhere.json"}}), ["dataset.source.path", "nowhere.json"]),
+        (changed(dataset={"source": HUB}), ["dataset.source", "'file'"]),
+        (changed(models={"m": {"source": {"random": "Qwen/Qwen3-8b"}}}), ["random", "did you mean 'Qwen/Qwen3-8B'"]),
+        (
+            changed(models={"m": {"source": {"random": "Qwen/Qwen3-8B"}, "trust_remote_code": True}}),
+            ["models.m.trust_remote_code", "hub source"],
+        ),
+        (changed(models={"m": {"source": HUB, "base": "n"}}), ["models.m.base", "'n'"]),
+        (
+            changed(
+                models={"m": {"source": {"random": "Qwen/Qwen3-8B"}}}, workloads={"w": {"prompt_tokens": 40900}}
+            ),
+            ["workloads.w", "40900", "40960"],
+        ),
+    ],
+)
+def test_a_bad_config_is_one_error_that_names_key_and_value(data: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(data)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_problem_is_named_at_once() -> None:
+    bad = changed(workloads={"w": {"padding": "article"}}, variants=[{"model": "n", "method": "baseline"}])
+    with pytest.raises(UserError, match="workloads.w.padding.*variants"):
+        config.load(bad)
+
+
+def test_keys_given_twice_are_found_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("models:\n  a: {x: 1}\n  a: {x: 2}\nmethods: {b: none, b: none}\n")
+    with pytest.raises(UserError) as caught:
+        config.load(SMALLEST, [str(file)])
+    assert "run.yaml line 3: the key 'a' is given twice" in str(caught.value)
+    assert "the key 'b' is given twice" in str(caught.value)
+
+
+def test_a_local_model_that_is_too_short_is_told_before_any_job(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    with pytest.raises(UserError, match="workloads.chat: 1024 prompt \\+ 100 new tokens are more than the 512"):
+        config.load(changed(models={"m": {"source": {"path": str(tmp_path)}}}))
+
+
+def dms_config(variants: Any) -> dict[str, Any]:
+    checkpoint = {"hub": "nvidia/Qwen3-8B-DMS-8x", "revision": COMMIT}
+    return changed(
+        models={"q": {"source": HUB}, "d": {"source": checkpoint, "base": "q", "trust_remote_code": True}},
+        methods={"baseline": "none", "dms": {"dms": {"checkpoint": checkpoint["hub"], "revision": COMMIT}}},
+        variants=variants,
+    )
+
+
+def test_a_dms_checkpoint_is_paired_with_its_own_model_and_compared_with_its_base() -> None:
+    found = grid.variants(config.load(dms_config("all")))
+    assert [(v.model, v.method, v.baseline) for v in found] == [("q", "baseline", "baseline"), ("d", "dms", "baseline")]
+    assert found[1].source_of_tokens == "q"
+
+
+def test_a_dms_checkpoint_on_another_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"variants\[0\].*not that repository"):
+        config.load(dms_config([{"model": "q", "method": "dms"}]))
+
+
+def test_labels_name_the_model_only_where_the_method_is_ambiguous() -> None:
+    two = changed(models={"m": {"source": HUB}, "n": {"source": HUB}})
+    assert [v.label for v in grid.variants(config.load(two))] == [
+        "m/baseline", "m/knorm-0.8", "n/baseline", "n/knorm-0.8",
+    ]  # fmt: skip
+    assert grid.variants(config.load(two))[3].baseline == "n/baseline"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_no_junk_gives_anything_but_a_user_error(junk: Any) -> None:
+    for key in ("models", "methods", "workloads", "dataset", "variants", "protocol"):
+        try:
+            config.load(changed(**{key: junk}))
+        except UserError:
+            continue

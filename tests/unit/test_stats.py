@@ -1,0 +1,106 @@
+"""The tables: medians, intervals, and rows for what was not measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from kvbench import jobs, stats, tables
+
+CELL = {
+    "model": "m", "method": "knorm", "variant": "knorm", "baseline": "baseline", "compresses": True, "workload": "w",
+    "batch_size": 2, "prompt_tokens": 10, "new_tokens": 5,
+}  # fmt: skip
+FACTS = {"engine": "hf", "device": "cpu: x (2 threads)", "attention": "sdpa", "load_s": 1.0}
+
+
+def plan(protocol: str = "standard", **cell: Any) -> dict[str, Any]:
+    return {"cells": [CELL | cell], "protocol": {"name": protocol}}
+
+
+def write(folder: Path, generation: list[dict[str, Any]], prefill: dict[str, Any]) -> None:
+    (folder / "prefill/m/knorm").mkdir(parents=True)
+    (folder / "prefill/m/knorm/w.json").write_text(json.dumps(prefill))
+    rows = [{"repeat": i, "status": "ok"} | row for i, row in enumerate(generation)]
+    tables.write(folder / "generation/m/knorm/w.parquet", pa.Table.from_pylist(rows, jobs.GENERATION), FACTS)
+
+
+def prefill(status: str = "ok", reason: str | None = None, **repeat: Any) -> dict[str, Any]:
+    cache = {"kv_cache_bytes": 100, "kv_cache_allocated_bytes": 120, "kv_cache_full_bytes": 200, "ttft_s": 1.0}
+    repeats = [cache | repeat] * 3 if status == "ok" else []
+    return {"status": status, "status_reason": reason, "repeats": repeats}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))
+def test_the_interval_is_that_of_the_sign_test(values: list[float]) -> None:
+    low, high = stats.interval(values)
+    n, ordered = len(values), sorted(values)
+    if n == 1:
+        assert (low, high) == (None, None)
+    elif n < 6:
+        assert (low, high) == (ordered[0], ordered[-1])
+    else:
+        k = int(binom.ppf(0.025, n, 0.5))
+        outside = k if binom.cdf(k, n, 0.5) <= 0.025 else k - 1
+        assert (low, high) == (ordered[outside], ordered[n - 1 - outside])
+
+
+def test_a_cell_is_the_median_of_its_repeats(tmp_path: Path) -> None:
+    write(tmp_path, [{"ttft_s": t, "kv_cache_end_bytes": 150} for t in (3.0, 1.0, 2.0)], prefill())
+    measurements, (row,) = stats.merge(plan(), tmp_path)
+    assert [m["ttft_s"] for m in measurements] == [3.0, 1.0, 2.0]
+    assert (row["ttft_s"], row["ttft_s_low"], row["ttft_s_high"], row["repeats"]) == (2.0, 1.0, 3.0, 3)
+    assert (row["kv_cache_bytes"], row["kv_cache_allocated_bytes"], row["kv_compression_factor"]) == (100, 120, 2.0)
+    assert row["simulated"] is False and row["baseline"] == "baseline" and row["mbu"] is None
+
+
+@pytest.mark.parametrize(("end", "simulated"), [(280, True), (140, False)])
+def test_simulated_is_told_by_bytes(tmp_path: Path, end: int, simulated: bool) -> None:
+    full = {"kv_cache_bytes": 200, "kv_cache_allocated_bytes": 200}
+    write(tmp_path, [{"ttft_s": 1.0, "kv_cache_end_bytes": end}], prefill(**full))
+    assert stats.merge(plan(), tmp_path)[1][0]["simulated"] is simulated
+
+
+def test_the_baseline_is_never_simulated(tmp_path: Path) -> None:
+    full = {"kv_cache_bytes": 200, "kv_cache_allocated_bytes": 200}
+    write(tmp_path, [{"ttft_s": 1.0, "kv_cache_end_bytes": 280}], prefill(**full))
+    row = stats.merge(plan(compresses=False, baseline="knorm"), tmp_path)[1][0]
+    assert row["simulated"] is False and row["baseline"] is None
+
+
+@pytest.mark.parametrize("stage", ["prefill", "generation"])
+def test_what_was_not_measured_is_a_row_with_nulls(tmp_path: Path, stage: str) -> None:
+    bad = {"status": "oom", "status_reason": "tried to allocate 9 GiB"}
+    write(tmp_path, [bad if stage == "generation" else {}], prefill(**({"status": "oom", "reason": bad["status_reason"]} if stage == "prefill" else {})))
+    outputs = {name: tmp_path / f"{name}.x" for name in ("measurements", "stats", "csv")}
+    stats.write(plan(), tmp_path, outputs, {})
+    (row,) = pq.read_table(outputs["stats"]).to_pylist()
+    assert (row["status"], row["status_reason"], row["repeats"]) == ("oom", bad["status_reason"], 0)
+    assert row["ttft_s"] is None and row["energy_j_per_token"] is None
+    assert stats.missing(outputs["stats"]) == ["knorm on w: oom: tried to allocate 9 GiB"]
+
+
+def test_the_article_divides_all_tokens_by_a_difference_of_two_runs(tmp_path: Path) -> None:
+    record = prefill()
+    record["repeats"][0] = record["repeats"][0] | {"ttft_s": 2.0}
+    write(tmp_path, [{"total_s": total} for total in (6.0, 3.0, 2.0)], record)
+    row = stats.merge(plan("article"), tmp_path)[1][0]
+    assert row["article_tokens_per_s"] == 2 * 5 / (6.0 - 2.0)  # its first, cold run
+    assert row["article_warm_tokens_per_s"] == 7.5  # the median of 10/2 and 10/1
+    assert row["ttft_s"] == 2.0 and row["decode_tokens_per_s"] is None
+
+
+def test_the_contract_of_the_columns() -> None:
+    assert stats.STATS.names[:28] == (
+        "model method variant workload batch_size prompt_tokens new_tokens engine protocol device status"
+        " status_reason repeats simulated ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s"
+        " article_tokens_per_s kv_cache_bytes kv_cache_allocated_bytes kv_cache_full_bytes kv_compression_factor"
+        " peak_prefill_bytes peak_generation_bytes mbu mfu energy_j_per_token"
+    ).split()
+    assert {f"{name}_{end}" for name in stats.MEASURED for end in ("low", "high")} < set(stats.STATS.names)

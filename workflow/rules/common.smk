@@ -1,0 +1,85 @@
+# The config, validated once; where things lie; and what each job depends on, as strings that change when it does.
+import re
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from kvbench import config as configs
+from kvbench import grid, stats
+from kvbench.errors import UserError
+from kvbench.provenance import canonical, fingerprint
+
+try:
+    CONFIG = configs.load(config, [str(file) for file in workflow.configfiles])
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+RESULTS = CONFIG.results
+DATASET = CONFIG.dataset.name
+VARIANTS = grid.variants(CONFIG)
+CELLS = grid.cells(CONFIG)
+# inside a deployed environment its own python comes first on the path; elsewhere, the one that runs Snakemake
+PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+
+
+wildcard_constraints:
+    model=configs.NAME,
+    method=configs.NAME,
+    workload=configs.NAME,
+
+
+def script(name):
+    """Path of a script."""
+    return SCRIPTS / f"{name}.py"
+
+
+def code(name):
+    """What a result of a script says of the code that made it; changes when that code does."""
+    return canonical({"script": name, "code": fingerprint(script(name))})
+
+
+def model_manifest(wildcards):
+    """Manifest of the model that a job loads."""
+    return f"{RESULTS}/models/{wildcards.model}/manifest.json"
+
+
+def cell_files(stage, suffix):
+    """The files of one stage for every cell."""
+    return [f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}" for c in CELLS]
+
+
+def output_files(wildcards):
+    """The outputs of every variant, if the config wants any."""
+    return [f"{RESULTS}/outputs/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.outputs.prompts]
+
+
+def has_tokenizer(model):
+    """Whether a model's token ids come from prompts; those of random weights are drawn."""
+    return not isinstance(CONFIG.models[model].source, configs.RandomSource)
+
+
+def variant_of(wildcards):
+    """A variant for its jobs: what to run, not how the report calls it."""
+    spec = grid.method_spec(CONFIG, wildcards.method)
+    return canonical({"model": wildcards.model, "method": wildcards.method, "spec": spec})
+
+
+def loading_of(wildcards):
+    """How a variant's model is loaded."""
+    model = CONFIG.models[wildcards.model]
+    return canonical({"dtype": model.dtype, "attention": model.attention})
+
+
+def summary():
+    """What a finished run says: where the report lies, and what is missing from it."""
+    gaps = stats.missing(Path(RESULTS, "stats.parquet")) if Path(RESULTS, "stats.parquet").exists() else []
+    again = f"To measure them again, delete their files under {RESULTS} and run again."
+    return "\n".join([f"Report: {RESULTS}/report.html"] + [f"Not measured: {gap}" for gap in gaps] + [again] * bool(gaps))
+
+
+def last_error():
+    """The causes of a failed run, from its jobs' logs; Snakemake's own words bury them."""
+    texts = [path.read_text("utf-8", "replace") for path in Path(RESULTS, "logs").rglob("*.log")]
+    return "\n".join(sorted({found for text in texts for found in re.findall(r"^error: .*", text, re.M)}))

@@ -1,0 +1,92 @@
+# What is measured: one job a cell for prefill, one for generation, and one a variant for its texts. Each takes one
+# device; a failure inside a job becomes a row with its reason, so nothing here stops the run.
+
+
+def token_ids(wildcards):
+    """The batch of a cell: the same token ids for every method, and for a retrofit those of its base."""
+    return f"{RESULTS}/workloads/{CONFIG.models[wildcards.model].base or wildcards.model}/{wildcards.workload}.parquet"
+
+
+MEASURE = dict(
+    variant=variant_of,
+    loading=loading_of,
+    protocol=canonical(CONFIG.protocol.model_dump()),
+    provenance=code("measure"),
+)
+
+
+rule prefill:
+    input:
+        manifest=model_manifest,
+        batch=token_ids,
+    output:
+        record=f"{RESULTS}/prefill/{{model}}/{{method}}/{{workload}}.json",
+    params:
+        **MEASURE,
+    threads: 8
+    resources:
+        gpu=1,
+    log:
+        f"{RESULTS}/logs/prefill/{{model}}/{{method}}/{{workload}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/prefill/{{model}}/{{method}}/{{workload}}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    shell:
+        "{PYTHON} {SCRIPTS}/measure.py prefill --manifest {input.manifest} --workload {input.batch}"
+        " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
+        " --provenance {params.provenance:q} --output {output.record} 2>&1 | tee {log}"
+
+
+rule generation:
+    input:
+        manifest=model_manifest,
+        batch=token_ids,
+    output:
+        rows=f"{RESULTS}/generation/{{model}}/{{method}}/{{workload}}.parquet",
+    params:
+        **MEASURE,
+    threads: 8
+    resources:
+        gpu=1,
+    log:
+        f"{RESULTS}/logs/generation/{{model}}/{{method}}/{{workload}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/generation/{{model}}/{{method}}/{{workload}}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    shell:
+        "{PYTHON} {SCRIPTS}/measure.py generation --manifest {input.manifest} --workload {input.batch}"
+        " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
+        " --provenance {params.provenance:q} --output {output.rows} 2>&1 | tee {log}"
+
+
+rule outputs:
+    input:
+        manifest=model_manifest,
+        prompts=lambda wildcards: rules.prompts.output.prompts if has_tokenizer(wildcards.model) else [],
+    output:
+        texts=f"{RESULTS}/outputs/{{model}}/{{method}}.parquet",
+    params:
+        variant=variant_of,
+        loading=loading_of,
+        protocol=canonical({"name": CONFIG.protocol.name}),
+        count=CONFIG.outputs.prompts,
+        new_tokens=CONFIG.outputs.new_tokens,
+        max_prompt_tokens=CONFIG.outputs.max_prompt_tokens,
+        prompts=lambda wildcards, input: f"--prompts {input.prompts}" if input.prompts else "",
+        provenance=code("outputs"),
+    threads: 8
+    resources:
+        gpu=1,
+    log:
+        f"{RESULTS}/logs/outputs/{{model}}/{{method}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/outputs/{{model}}/{{method}}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    shell:
+        "{PYTHON} {SCRIPTS}/outputs.py --manifest {input.manifest} {params.prompts} --count {params.count}"
+        " --new-tokens {params.new_tokens} --max-prompt-tokens {params.max_prompt_tokens}"
+        " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
+        " --provenance {params.provenance:q} --output {output.texts} 2>&1 | tee {log}"

@@ -1,0 +1,25 @@
+# What comes out, as figures.
+
+
+rule bars:
+    input:
+        stats=rules.stats.output.stats,
+    output:
+        svg=report(
+            f"{RESULTS}/plots/bars-{{workload}}.svg",
+            caption="../report/bars.rst",
+            category="Speed and memory",
+            labels={"workload": "{workload}"},
+        ),
+        png=f"{RESULTS}/plots/bars-{{workload}}.png",
+    params:
+        provenance=code("plots"),
+    log:
+        f"{RESULTS}/logs/plots/bars-{{workload}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plots/bars-{{workload}}.tsv"
+    conda:
+        "../../envs/analysis.yaml"
+    shell:
+        "{PYTHON} {SCRIPTS}/plots.py --stats {input.stats} --workload {wildcards.workload}"
+        " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"

@@ -1,0 +1,1 @@
+"""kvbench: what compressing the KV cache buys and costs."""

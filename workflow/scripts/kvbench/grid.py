@@ -1,0 +1,79 @@
+"""What a config asks for: its variants and its cells."""
+
+from dataclasses import dataclass
+
+from kvbench.config import Config, DmsMethod, PressMethod
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model with a method: one bar of the plot.
+
+    Attributes
+    ----------
+    label : the method's name, with the model's before it where the method alone would be ambiguous.
+    source_of_tokens : the model whose tokenizer and token ids it uses (its base, or itself).
+    baseline : label of the uncompressed variant it is compared with; None if the config has none.
+    """
+
+    model: str
+    method: str
+    label: str
+    source_of_tokens: str
+    baseline: str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant on a workload: one thing to measure."""
+
+    variant: Variant
+    workload: str
+
+
+def variants(config: Config) -> list[Variant]:
+    """Every variant of a config, in the order in which models and methods are listed."""
+    if config.variants == "all":
+        pairs = [(m, k) for m in config.models for k in config.methods if config.fits(m, k)]
+    else:
+        pairs = [(pair.model, pair.method) for pair in config.variants]
+    methods = [method for _, method in pairs]
+    labels = {(m, k): k if methods.count(k) == 1 else f"{m}/{k}" for m, k in pairs}
+    found = []
+    for model, method in pairs:
+        base = config.models[model].base or model
+        plain = [labels[m, k] for m, k in pairs if config.methods[k] == "none" and m in (model, base)]
+        found.append(Variant(model, method, labels[model, method], base, plain[0] if plain else None))
+    return found
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every cell of a config: its variants on its workloads."""
+    return [Cell(variant, workload) for variant in variants(config) for workload in config.workloads]
+
+
+def method_spec(config: Config, method: str) -> dict[str, object]:
+    """A method as plain JSON values: ``{}`` for none, ``{"press": …, "args": …}`` or ``{"dms": …}``."""
+    spec = config.methods[method]
+    return spec.model_dump(mode="json") if isinstance(spec, PressMethod | DmsMethod) else {}
+
+
+def plan(config: Config) -> dict[str, object]:
+    """The whole run as plain JSON values: the resolved config and every cell with its sizes."""
+    listed = []
+    for cell in cells(config):
+        variant, workload = cell.variant, config.workloads[cell.workload]
+        listed.append(
+            {
+                "model": variant.model,
+                "method": variant.method,
+                "variant": variant.label,
+                "baseline": variant.baseline,
+                "compresses": bool(method_spec(config, variant.method)),
+                "workload": cell.workload,
+                "batch_size": workload.batch_size,
+                "prompt_tokens": workload.prompt_tokens,
+                "new_tokens": workload.new_tokens,
+            }
+        )
+    return {"config": config.model_dump(mode="json"), "protocol": config.protocol.model_dump(), "cells": listed}

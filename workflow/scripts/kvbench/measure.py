@@ -1,0 +1,213 @@
+"""Time and memory of prefill and generation; every repeat is kept, every quantity has its unit in its name."""
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kvbench import device as devices
+from kvbench.cache import cache_bytes, full_cache_bytes
+from kvbench.decode import generate, prefill
+from kvbench.methods import Dense
+
+SETTLED = 0.02
+"""Two warm-up runs that differ by less than this share end the warm-up."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of a workload on the device.
+
+    Attributes
+    ----------
+    input_ids : int64 [batch, prompt tokens].
+    attention_mask : int64 [batch, prompt tokens], 0 at pads; None where all rows have the same length.
+    new_tokens : how many tokens are generated for each row, whatever the model says.
+    pad_token_id : what fills the pads.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    new_tokens: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often: measured repeats, and unmeasured runs before them at most."""
+
+    repeats: int
+    max_warmup_runs: int
+
+
+Record = dict[str, Any]
+
+
+def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort) -> Record:
+    """Prefill with compression, warm: its times, its peak memory, and the bytes of the cache it leaves."""
+    memory = devices.memory_meter(batch.input_ids.device)
+
+    def run() -> Record:
+        clock = devices.clock(batch.input_ids.device)
+        memory.reset()
+        clock.mark()
+        _, cache = prefill(model, batch.input_ids, method)
+        clock.mark()
+        return {"ttft_s": clock.times()[1], "peak_prefill_bytes": memory.peak(), **_cache_record(model, batch, cache)}
+
+    warmup = _warm_up(run, "ttft_s", effort.max_warmup_runs)
+    repeats = [run() for _ in _progress(effort.repeats, "prefill")]
+    _check_count(repeats[-1], method, model)
+    return {"repeats": repeats, "warmup_runs": warmup}
+
+
+def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort) -> Iterator[Record]:
+    """Whole generations, warm: one record a repeat, with the time of every token.
+
+    Times run from before the prefill. With N new tokens t_1 … t_N: TTFT is t_1, a decode step is one of N−1, and
+    decode throughput is batch × (N−1) / (t_N − t_1).
+    """
+    rows, prompt_tokens = batch.input_ids.shape
+    memory = devices.memory_meter(batch.input_ids.device)
+
+    def run() -> Record:
+        clock = devices.clock(batch.input_ids.device)
+        peak_prefill: list[int | None] = []
+
+        def prefilled(_: Any) -> None:
+            peak_prefill.append(memory.peak())
+            memory.reset()
+
+        memory.reset()
+        decoded = generate(model, batch.input_ids, method, batch.new_tokens, clock.mark, prefilled)
+        times = clock.times()[1:]
+        peak_decode, decode_s = memory.peak(), times[-1] - times[0]
+        return {
+            "ttft_s": times[0],
+            "tpot_s": decode_s / (batch.new_tokens - 1),
+            "decode_tokens_per_s": rows * (batch.new_tokens - 1) / decode_s,
+            "prefill_tokens_per_s": rows * prompt_tokens / times[0],
+            "article_tokens_per_s": rows * batch.new_tokens / decode_s,
+            "total_s": times[-1],
+            "token_times_s": times,
+            "peak_generation_bytes": _largest(peak_prefill[0], peak_decode),
+            "peak_decode_bytes": peak_decode,
+            "reserved_bytes": memory.reserved(),
+            "kv_cache_end_bytes": cache_bytes(decoded.cache).live,
+            "tokens_sha256": hashlib.sha256(decoded.tokens.cpu().numpy().tobytes()).hexdigest(),
+        }
+
+    warmup = _warm_up(run, "tpot_s", effort.max_warmup_runs)
+    for _ in _progress(effort.repeats, "generation"):
+        yield run() | {"warmup_runs": warmup}
+
+
+def prefill_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> Record:
+    """The article's prefill: no mask, all logits, host clock, after a forward pass over 10 tokens only.
+
+    Source: the article's ``get_prefilling_stats``. Its first run is the article's; further repeats are warm.
+    """
+    memory = devices.memory_meter(batch.input_ids.device)
+    with torch.no_grad():
+        model(batch.input_ids[:, :10])
+    _synchronize(batch.input_ids.device)
+
+    def run() -> Record:
+        from transformers import DynamicCache
+
+        _clean(memory)
+        with torch.no_grad(), method.everywhere(model):
+            cache = DynamicCache()
+            start = time.time()
+            outputs = model(batch.input_ids, past_key_values=cache, use_cache=True)
+            _synchronize(batch.input_ids.device)
+            elapsed = time.time() - start
+            kept = _cache_record(model, batch, outputs.past_key_values)
+        return {"ttft_s": elapsed, "peak_prefill_bytes": memory.peak(), **kept}
+
+    return {"repeats": [run() for _ in _progress(effort.repeats, "prefill")], "warmup_runs": 0}
+
+
+def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> Iterator[Record]:
+    """The article's generation: transformers' ``generate`` with the padding mask, cold, timed as a whole.
+
+    Source: the article's ``get_generation_stats``. Its first run is the article's; further repeats are warm.
+    Throughput needs the prefill's time, so it is computed where both are merged.
+    """
+    memory = devices.memory_meter(batch.input_ids.device)
+    settings = model.generation_config
+    settings.pad_token_id, settings.eos_token_id, settings.do_sample = batch.pad_token_id, None, False
+    mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+    for _ in _progress(effort.repeats, "generation"):
+        _clean(memory)
+        with torch.no_grad(), method.everywhere(model):
+            start = time.time()
+            tokens = model.generate(
+                batch.input_ids, **mask, max_new_tokens=batch.new_tokens, generation_config=settings
+            )
+            _synchronize(batch.input_ids.device)
+            total = time.time() - start
+        new = tokens[:, batch.input_ids.shape[1] :]
+        yield {
+            "total_s": total,
+            "peak_generation_bytes": memory.peak(),
+            "reserved_bytes": memory.reserved(),
+            "tokens_sha256": hashlib.sha256(new.cpu().numpy().tobytes()).hexdigest(),
+            "warmup_runs": 0,
+        }
+
+
+def _cache_record(model: Any, batch: Batch, cache: Any) -> Record:
+    measured = cache_bytes(cache)
+    rows, tokens = batch.input_ids.shape
+    return {
+        "kv_cache_bytes": measured.live,
+        "kv_cache_allocated_bytes": measured.allocated,
+        "kv_cache_full_bytes": full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize),
+    }
+
+
+def _check_count(record: Record, method: Dense, model: Any) -> None:
+    """A dense cache must take exactly the bytes that its shapes say, or one of the two counts is wrong."""
+    sliding = getattr(model.config.get_text_config(), "sliding_window", None)
+    if not method.compresses and not sliding and record["kv_cache_bytes"] != record["kv_cache_full_bytes"]:
+        raise RuntimeError(
+            f"the dense cache takes {record['kv_cache_bytes']} bytes where its shapes say {record['kv_cache_full_bytes']}"
+        )
+
+
+def _warm_up(run: Callable[[], Record], key: str, at_most: int) -> int:
+    """Run until two runs in a row agree, or ``at_most`` times; returns how often."""
+    last = run()[key]
+    for count in range(2, at_most + 1):
+        value = run()[key]
+        if abs(value - last) <= SETTLED * last:
+            return count
+        last = value
+    return at_most
+
+
+def _progress(repeats: int, what: str) -> Iterator[int]:
+    yield from tqdm(range(repeats), desc=what, unit="run", mininterval=1.0)
+
+
+def _largest(*values: int | None) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
+
+
+def _clean(memory: devices.MemoryMeter) -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    memory.reset()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

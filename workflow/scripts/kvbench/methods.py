@@ -1,0 +1,138 @@
+"""How the cache is compressed: one small class a kind of method."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from kvbench.errors import Unsupported
+
+# Presses that are wrong on a batch of more than one sequence: each class (subclasses too) with what it does there.
+_ONE_ROW_ONLY = {
+    "ChunkKVPress": "applies the first row's chunks to every row",
+    "SimLayerKVPress": "decides by an average over the batch",
+    "FinchPress": "finds its delimiter in the first row only",
+    "KVzipPress": "handles one sequence at a time",
+    "KVComposePress": "handles one sequence at a time",
+    "FastKVzipPress": "handles one sequence at a time",
+}
+
+
+class Dense:
+    """No compression: the baseline."""
+
+    compresses = False
+
+    def check(self, model: Any, batch_size: int) -> None:
+        """Raise `Unsupported` where this method cannot be run as asked."""
+
+    def prefill(self, model: Any) -> AbstractContextManager[Any]:
+        """Context of the prompt's forward pass; on its exit the cache is compressed."""
+        return nullcontext()
+
+    def decoding(self, model: Any) -> AbstractContextManager[Any]:
+        """Context of the decode steps."""
+        return nullcontext()
+
+    def everywhere(self, model: Any) -> AbstractContextManager[Any]:
+        """Context around a whole ``generate``, as the article has it: hooks stay on while decoding."""
+        return nullcontext()
+
+    def next_position(self, prompt_tokens: int, cache: Any) -> int:
+        """Position of the first generated token; it goes on from the *uncompressed* length."""
+        return prompt_tokens
+
+
+class Press(Dense):
+    """A kvpress press, which prunes or masks the cache after each layer's prefill.
+
+    Source: NVIDIA kvpress, ``presses/base_press.py``.
+    """
+
+    compresses = True
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.press = build_press(spec)
+
+    def check(self, model: Any, batch_size: int) -> None:
+        if batch_size > 1:
+            for press in _nested(self.press):
+                for kind in type(press).__mro__:
+                    if kind.__name__ in _ONE_ROW_ONLY:
+                        raise Unsupported(f"{kind.__name__} {_ONE_ROW_ONLY[kind.__name__]}; use batch_size: 1")
+        attention = model.config._attn_implementation
+        if attention != "eager" and any(type(p).__name__ == "ObservedAttentionPress" for p in _nested(self.press)):
+            raise Unsupported(f"ObservedAttentionPress reads attention weights, which {attention} does not give; set the model's attention: eager")
+
+    def prefill(self, model: Any) -> AbstractContextManager[Any]:
+        from kvpress import DecodingPress
+
+        return nullcontext() if isinstance(self.press, DecodingPress) else self._applied(model)
+
+    def decoding(self, model: Any) -> AbstractContextManager[Any]:
+        from kvpress import DecodingPress, DMSPress, PrefillDecodingPress
+
+        # hooks of the others do nothing here, but each would make the host wait for the device once a layer
+        acts = isinstance(self.press, DecodingPress | PrefillDecodingPress)
+        acts = acts or (isinstance(self.press, DMSPress) and self.press.decoding)
+        return self._applied(model) if acts else nullcontext()
+
+    def everywhere(self, model: Any) -> AbstractContextManager[Any]:
+        return self._applied(model)
+
+    def next_position(self, prompt_tokens: int, cache: Any) -> int:
+        from kvpress import FinchPress, KeyRerotationPress, RestoreKVPress
+
+        rotates = isinstance(self.press, KeyRerotationPress | RestoreKVPress)
+        rotates = rotates or (isinstance(self.press, FinchPress) and self.press.rerotate_keys)
+        # these give the kept keys new, dense positions, so the next token follows the compressed length
+        return cache.get_seq_length() if rotates else prompt_tokens
+
+    @contextmanager
+    def _applied(self, model: Any) -> Iterator[None]:
+        try:
+            with self.press(model):
+                yield
+        except AssertionError as error:
+            raise Unsupported(f"{type(self.press).__name__} refuses this input: {error or 'assertion failed'}") from error
+
+
+def build(spec: dict[str, Any]) -> Dense:
+    """The method of a spec: ``{}`` none, ``{"press": Class, "args": {…}}``, ``{"dms": {…}}``.
+
+    Raises
+    ------
+    Unsupported : the press refuses its arguments, or the method is DMS, which this version cannot run.
+    """
+    if "dms" in spec:
+        raise Unsupported("DMS is not built yet in this version of kvbench")
+    return Press(spec) if "press" in spec else Dense()
+
+
+def build_press(spec: dict[str, Any]) -> Any:
+    """Build a kvpress press by class name, wrapped ones first.
+
+    Raises
+    ------
+    Unsupported : the press refuses its arguments.
+    """
+    import kvpress
+
+    args = {key: _built(value) for key, value in (spec.get("args") or {}).items()}
+    try:
+        return getattr(kvpress, spec["press"])(**args)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise Unsupported(f"{spec['press']} refuses its arguments: {error or 'assertion failed'}") from error
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, dict) and "press" in value:
+        return build_press(value)
+    return [_built(item) for item in value] if isinstance(value, list) else value
+
+
+def _nested(press: Any) -> Iterator[Any]:
+    yield press
+    for value in vars(press).values():
+        for item in value if isinstance(value, list) else [value]:
+            if any(kind.__name__ == "BasePress" for kind in type(item).__mro__):
+                yield from _nested(item)

@@ -1,0 +1,266 @@
+"""report.html: the whole run on one page that asks the network for nothing."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from kvbench import files, findings, svg, texts, words
+from kvbench.results import (
+    CELL_COLUMNS,
+    FAINT,
+    INK,
+    MUTED,
+    OUTPUT_COLUMNS,
+    PAPER,
+    baseline_of,
+    colours,
+    is_baseline,
+    label,
+    read_rows,
+    unique,
+)
+from kvbench.words import Row
+
+DATA = ("templates",)
+TEMPLATES = Path(__file__).parent / DATA[0]
+
+INKS = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
+
+# Left to the CSV: the uncompressed size is in the compression factor, allocated bytes where they differ.
+TABLE_COLUMNS = [column for column in words.QUANTITIES if column != "kv_cache_full_bytes"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Paths of what the report shows, and the run's config and provenance."""
+
+    stats: str
+    measurements: str
+    outputs: Sequence[str]
+    prompts_counts: str
+    model_manifests: Sequence[str]
+    dataset_manifest: str
+    plots: Sequence[str]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def write(inputs: Inputs, output: str | Path) -> None:
+    """Render the report.
+
+    Raises
+    ------
+    UserError : an input is missing or cannot be read.
+    """
+    page = render(context(inputs))
+    with files.atomic(output) as path:
+        path.write_text(page, "utf-8")
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """The page: template, style and script in one file, all text escaped, only our own script allowed to run."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(visible=texts.visible, n=words.number, pretty=_pretty, size=_size)
+    script = (TEMPLATES / "report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        values,
+        style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+    )
+
+
+def context(inputs: Inputs) -> dict[str, Any]:
+    """Everything the template shows, by name."""
+    rows = read_rows(inputs.stats)
+    repeats = read_rows(inputs.measurements, CELL_COLUMNS[:4])
+    outputs = [row for path in inputs.outputs for row in read_rows(path, OUTPUT_COLUMNS)]
+    models = [files.read_json(path) for path in inputs.model_manifests]
+    collected = texts.collect(outputs, rows, {model["name"]: _tokenizer(model) for model in models})
+    names = unique(row["workload"] for row in rows)
+    return {
+        "headline": findings.headline(rows, collected.tallies),
+        "verdicts": findings.verdict_counts(rows),
+        "models": models,
+        "dataset": files.read_json(inputs.dataset_manifest),
+        "counts": files.read_json(inputs.prompts_counts),
+        "facts": _facts(rows, inputs),
+        "workloads": [
+            _workload(rows, index, name, repeats, inputs.plots) for index, name in enumerate(names)
+        ],
+        "texts": collected,
+        "missing": findings.missing(rows, str(inputs.config.get("results", "results"))),
+        "cells": len(rows),
+        "intervals": [
+            (count, words.interval_words(count), words.by_chance(count, count))
+            for count in unique(row.get("repeats") for row in rows if row["status"] == "ok")
+        ],
+        "protocols": unique(row["protocol"] for row in rows),
+        "cpu": any(words.is_cpu(row["device"]) for row in rows),
+        "dtypes": {name: (model or {}).get("dtype") for name, model in inputs.config.get("models", {}).items()},
+        "config": inputs.config,
+        "provenance": flatten(inputs.provenance),
+    }
+
+
+def _facts(rows: Sequence[Row], inputs: Inputs) -> list[tuple[str, str]]:
+    """The setting of the run in pairs for the page's head."""
+
+    def all_of(column: str) -> str:
+        return ", ".join(str(value) for value in unique(row.get(column) for row in rows))
+
+    found = [
+        ("Models", all_of("model")),
+        ("Device", all_of("device")),
+        ("Engine", all_of("engine")),
+        ("Attention kernel", all_of("attention")),
+        ("Protocol", all_of("protocol")),
+        ("Repeats", all_of("repeats")),
+        ("Code", str(inputs.provenance.get("code", ""))),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _workload(
+    rows: Sequence[Row], index: int, name: str, repeats: Sequence[Row], plots: Sequence[str]
+) -> dict[str, Any]:
+    cells = [row for row in rows if row["workload"] == name]
+    figure = next((path for path in plots if Path(path).stem == f"bars-{name}"), None)
+    columns = [column for column in TABLE_COLUMNS if _worth_showing(column, cells)]
+    palette = colours(rows)
+    dots, span = _strips(cells, repeats)
+    return {
+        "name": name,
+        "span": span,
+        "words": words.workload_words(cells[0]),
+        "figure": Markup(svg.inline(figure, f"figure-{index}", INKS)) if figure else None,
+        "findings": findings.workload_findings(rows, name),
+        "columns": [_heading(column, cells) for column in columns],
+        "rows": [
+            {
+                "dots": dots[index],
+                "label": label(row, rows),
+                "colour": palette[row["method"]],
+                "baseline": is_baseline(row, rows),
+                "simulated": bool(row.get("simulated")),
+                "status": row["status"],
+                "why": words.missing_words(row, 300),
+                "engine": row.get("engine"),
+                "repeats": row.get("repeats"),
+                "cells": [_cell(row, baseline_of(row, rows), column, cells) for column in columns],
+            }
+            for index, row in enumerate(cells)
+        ],
+        "unmeasured": [
+            words.QUANTITIES[column].name(cells[0]["device"])
+            for column in TABLE_COLUMNS
+            if all(row.get(column) is None for row in cells) and not column.startswith("article")
+        ],
+    }
+
+
+def _worth_showing(column: str, cells: Sequence[Row]) -> bool:
+    if column == "kv_cache_allocated_bytes":
+        return any(row.get(column) is not None and row[column] != row["kv_cache_bytes"] for row in cells)
+    return any(row.get(column) is not None for row in cells)
+
+
+def _heading(column: str, cells: Sequence[Row]) -> dict[str, str]:
+    measured = words.QUANTITIES[column]
+    _, unit = words.scale(measured.kind, [row.get(column) for row in cells])
+    return {
+        "title": measured.name(str(cells[0]["device"])),
+        "unit": unit,
+        "better": f"{measured.better} is better" if measured.better else "",
+    }
+
+
+def _cell(row: Row, base: Row | None, column: str, cells: Sequence[Row]) -> dict[str, Any]:
+    """One number of the table with its interval, its exact value and its difference."""
+    measured = words.QUANTITIES[column]
+    value = row.get(column)
+    if value is None:
+        return {"value": "–", "sort": "", "interval": "", "exact": "", "change": "", "judged": ""}
+    shown = [other.get(column) for other in cells]
+    divisor, _ = words.scale(measured.kind, shown)
+    largest = max(number for number in shown if number is not None) / divisor
+
+    def written(number: float) -> str:
+        return words.number(number / divisor, words.digits(measured.kind), largest)
+
+    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
+    ranged = low is not None and high is not None and low != high
+    change = words.compare(row, base, column) if measured.better else None
+    good = change.good(measured.better) if change else None
+    return {
+        "value": written(value),
+        "sort": repr(value),
+        "interval": f"{written(low)} to {written(high)}" if ranged else "",
+        "exact": f"{value:,.0f} bytes" if measured.kind == "bytes" else repr(value),
+        "change": "" if change is None else change.words if change.clear else f"({change.words})",
+        "judged": "" if good is None else "better" if good else "worse",
+    }
+
+
+def _strips(cells: Sequence[Row], repeats: Sequence[Row]) -> tuple[list[list[tuple[float, str]]], str]:
+    """Each cell's repeats as places (percent) on one scale with their throughput, and the scale's ends."""
+    column = words.throughput_column(cells[0])
+    same = ("model", "method", "workload")
+    found = [
+        [
+            repeat[column]
+            for repeat in repeats
+            if repeat.get(column) is not None and all(repeat.get(key) == cell.get(key) for key in same)
+        ]
+        for cell in cells
+    ]
+    every = [value for values in found for value in values]
+    if not every:
+        return [[] for _ in cells], ""
+    low, high = min(every), max(every)
+    dots = [
+        [(100 * (value - low) / ((high - low) or 1), words.number(value)) for value in values]
+        for values in found
+    ]
+    return dots, f"{words.number(low)} to {words.number(high)} tok/s"
+
+
+def _tokenizer(model: Mapping[str, Any]) -> str:
+    """What identifies a tokenizer: its file's hash, else its folder, else the model that it lies beside."""
+    hashes = [file["sha256"] for file in model.get("files", []) if file["path"].endswith("tokenizer.json")]
+    folder = model.get("tokenizer")
+    return hashes[0] if hashes else folder if folder and folder != "." else str(model["name"])
+
+
+def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested mappings and lists as pairs of a dotted name and a text."""
+    if isinstance(value, Mapping) and value:
+        return [pair for key in value for pair in flatten(value[key], f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return [pair for index, item in enumerate(value) for pair in flatten(item, f"{name}[{index}]")]
+    if isinstance(value, list):
+        return [(name, ", ".join(str(item) for item in value) or "none")]
+    return [(name, "none" if value is None or value == {} else str(value))]
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _size(value: int) -> str:
+    divisor, unit = words.scale("bytes", [value])
+    return f"{words.number(value / divisor)} {unit}"

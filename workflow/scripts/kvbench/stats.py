@@ -1,0 +1,189 @@
+"""From the jobs' files to the tables: every repeat in one, every cell with medians and intervals in the other."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvbench import files, tables
+
+MEASURED = (
+    "ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s article_tokens_per_s kv_cache_bytes"
+    " kv_cache_allocated_bytes kv_cache_full_bytes kv_compression_factor peak_prefill_bytes peak_generation_bytes"
+    " mbu mfu energy_j_per_token"
+).split()
+"""Columns that have an interval beside them; those that nothing measures yet are null."""
+
+_NAMES = ["model", "method", "variant", "workload"]
+_SHAPE = ["batch_size", "prompt_tokens", "new_tokens"]
+_HOW = ["engine", "protocol", "device"]
+_KIND = {**dict.fromkeys(_SHAPE, pa.int64()), "repeats": pa.int64(), "repeat": pa.int64(), "simulated": pa.bool_()}
+
+STATS = pa.schema(
+    [(name, _KIND.get(name, pa.string())) for name in _NAMES + _SHAPE + _HOW]
+    + [("status", pa.string()), ("status_reason", pa.string()), ("repeats", pa.int64()), ("simulated", pa.bool_())]
+    + [(name, pa.float64()) for name in MEASURED]
+    + [(f"{name}_{end}", pa.float64()) for name in MEASURED for end in ("low", "high")]
+    + [("baseline", pa.string()), ("attention", pa.string()), ("article_warm_tokens_per_s", pa.float64())]
+)
+
+_EXTRA = ["total_s", "peak_decode_bytes", "reserved_bytes", "kv_cache_end_bytes", "load_s", "weights_bytes"]
+
+MEASUREMENTS = pa.schema(
+    [(name, _KIND.get(name, pa.string())) for name in _NAMES + _SHAPE + _HOW]
+    + [("repeat", pa.int64()), ("status", pa.string()), ("status_reason", pa.string()), ("simulated", pa.bool_())]
+    + [(name, pa.float64()) for name in MEASURED + _EXTRA]
+    + [("warmup_runs", pa.int64()), ("attention", pa.string()), ("dtype", pa.string()), ("tokens_sha256", pa.string())]
+    + [("token_times_s", pa.list_(pa.float64()))]
+)
+
+Row = dict[str, Any]
+
+
+def merge(plan: dict[str, Any], folder: Path) -> tuple[list[Row], list[Row]]:
+    """Read every cell's files and return the rows of measurements and of stats.
+
+    Parameters
+    ----------
+    plan : ``cells``, each with model, method, variant, baseline, workload and its sizes; and ``protocol``.
+    folder : the results folder that holds ``prefill`` and ``generation``.
+    """
+    measurements, stats = [], []
+    for cell in plan["cells"]:
+        repeats = _repeats(cell, plan["protocol"], folder)
+        measurements += repeats
+        stats.append(_summary(cell, repeats))
+    return measurements, stats
+
+
+def write(plan: dict[str, Any], folder: Path, outputs: dict[str, Path], provenance: dict[str, Any]) -> None:
+    """Write measurements.parquet, stats.parquet and stats.csv (``outputs`` by these stems)."""
+    import pyarrow.csv
+
+    measurements, stats = merge(plan, folder)
+    tables.write(outputs["measurements"], pa.Table.from_pylist(measurements, MEASUREMENTS), provenance)
+    table = pa.Table.from_pylist(stats, STATS)
+    tables.write(outputs["stats"], table, provenance)
+    with files.atomic(outputs["csv"]) as temporary:
+        pyarrow.csv.write_csv(table, temporary)
+
+
+def interval(values: list[float]) -> tuple[float | None, float | None]:
+    """A distribution-free 95% interval of the median: order statistics of the sign test.
+
+    Fewer than 6 values cannot give 95%: then it is their full range, which covers the median with probability
+    1 − 2^(1−n). One value has no interval.
+
+    Source: Hollander, Wolfe & Chicken, Nonparametric Statistical Methods, section 3.6.
+    """
+    n = len(values)
+    if n < 2:
+        return None, None
+    ordered, outside, tail = sorted(values), 0, 0.5**n
+    while tail + _binomial(n, outside + 1) <= 0.025:
+        outside += 1
+        tail += _binomial(n, outside)
+    return ordered[outside], ordered[n - 1 - outside]
+
+
+def _binomial(n: int, k: int) -> float:
+    from math import comb
+
+    return comb(n, k) * 0.5**n
+
+
+def _repeats(cell: Row, protocol: Row, folder: Path) -> list[Row]:
+    """One row a repeat: generation joined with the prefill job's cache bytes, peak and (article) times."""
+    place = Path(cell["model"], cell["method"], cell["workload"])
+    prefill = files.read_json(folder / "prefill" / place.with_name(place.name + ".json"))
+    file = folder / "generation" / place.with_name(place.name + ".parquet")
+    generation, facts = pq.read_table(file).to_pylist(), tables.provenance_of(file)
+    bad = next((r for r in (generation[0], prefill) if r["status"] != "ok"), None)
+    known = {name: cell[name] for name in _NAMES + _SHAPE} | {
+        "engine": facts.get("engine"),
+        "protocol": protocol["name"],
+        "device": facts.get("device"),
+        "status": bad["status"] if bad else "ok",
+        "status_reason": bad["status_reason"] if bad else None,
+        "attention": facts.get("attention"),
+        "dtype": facts.get("dtype"),
+        "load_s": facts.get("load_s"),
+        "weights_bytes": facts.get("weights_bytes"),
+    }
+    cache = _cache(cell, prefill["repeats"][-1] if prefill["repeats"] else {})
+    cache["simulated"] = _simulated(cell, cache, generation[0].get("kv_cache_end_bytes"))
+    return [
+        known | cache | _timed(row, prefill["repeats"], protocol["name"], cell) | {"repeat": row["repeat"]}
+        for row in generation
+    ]
+
+
+def _cache(cell: Row, record: Row) -> Row:
+    """Cache bytes and their ratio, as the prefill left them."""
+    full, live, allocated = (record.get(f"kv_cache_{kind}bytes") for kind in ("full_", "", "allocated_"))
+    return {
+        "kv_cache_bytes": live,
+        "kv_cache_allocated_bytes": allocated,
+        "kv_cache_full_bytes": full,
+        "kv_compression_factor": full / live if full and live else None,
+        "peak_prefill_bytes": record.get("peak_prefill_bytes"),
+    }
+
+
+def _simulated(cell: Row, cache: Row, end: int | None) -> bool | None:
+    """Whether a method frees no byte, neither of the prompt's cache nor (a decoding press) by the last token."""
+    full, allocated = cache["kv_cache_full_bytes"], cache["kv_cache_allocated_bytes"]
+    if not full or not allocated:
+        return None
+    tokens = cell["prompt_tokens"]
+    freed_later = end is not None and end < full * (tokens + cell["new_tokens"] - 1) // tokens
+    return bool(cell["compresses"] and allocated >= full and not freed_later)
+
+
+def _timed(row: Row, prefills: list[Row], protocol: str, cell: Row) -> Row:
+    timed = {key: value for key, value in row.items() if key not in ("status", "status_reason", "repeat")}
+    if protocol == "article" and row["total_s"] is not None and len(prefills) > row["repeat"]:
+        # two runs are timed and subtracted, and N tokens divided by the time of N−1 steps: the article's way
+        timed["ttft_s"] = prefills[row["repeat"]]["ttft_s"]
+        decode_s = row["total_s"] - timed["ttft_s"]
+        tokens = cell["batch_size"] * cell["new_tokens"]
+        timed["article_tokens_per_s"] = tokens / decode_s if decode_s > 0 else None
+    return timed
+
+
+def _summary(cell: Row, repeats: list[Row]) -> Row:
+    first = repeats[0]
+    row = {key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, "status", "status_reason", "simulated", "attention"]}
+    row["baseline"] = cell["baseline"] if cell["baseline"] != cell["variant"] else None
+    row["repeats"] = len(repeats) if first["status"] == "ok" else 0
+    cold = first["protocol"] == "article"
+    for name in MEASURED:
+        values = [r[name] for r in repeats if r.get(name) is not None]
+        # the article runs once and cold: its number is the first run's, and the warm ones stand apart
+        row[name] = None if not values else values[0] if cold and name in _COLD else median(values)
+        row[f"{name}_low"], row[f"{name}_high"] = (None, None) if cold and name in _COLD else interval(values)
+    warm = [r["article_tokens_per_s"] for r in repeats[1:] if r.get("article_tokens_per_s") is not None]
+    row["article_warm_tokens_per_s"] = median(warm) if cold and warm else None
+    return row
+
+
+_COLD = {"ttft_s", "article_tokens_per_s", "peak_prefill_bytes", "peak_generation_bytes"}
+
+
+def missing(stats: Path) -> list[str]:
+    """One line for each cell that was not measured, with its reason; what a run prints at its end."""
+    columns = ["variant", "workload", "status", "status_reason"]
+    rows = pq.read_table(stats, columns=columns).to_pylist()
+    return [
+        f"{row['variant']} on {row['workload']}: {row['status']}: {row['status_reason']}"
+        for row in rows
+        if row["status"] != "ok"
+    ]
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan that the workflow wrote: resolved config, cells, protocol."""
+    return dict(json.loads(path.read_text("utf-8")))

@@ -1,0 +1,67 @@
+"use strict";
+(() => {
+  // Sorting: every sortable heading becomes a button; rows without numbers stay last.
+  const key = (row, column, numeric) => {
+    const cell = row.cells[column];
+    const value = cell && cell.dataset.value;
+    if (value === undefined || value === "") return null;
+    return numeric ? Number(value) : value;
+  };
+  const sort = (heading, column) => {
+    const body = heading.closest("table").tBodies[0];
+    const numeric = heading.dataset.sort === "number";
+    const descending = heading.getAttribute("aria-sort") === "ascending";
+    for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    const rows = [...body.rows].map((row) => ({ row, value: key(row, column, numeric) }));
+    rows.sort((a, b) => {
+      if (a.value === null || b.value === null) return (a.value === null) - (b.value === null);
+      const order = numeric ? a.value - b.value : a.value.localeCompare(b.value, "en", { numeric: true });
+      return descending ? -order : order;
+    });
+    body.append(...rows.map((item) => item.row));
+  };
+  for (const heading of document.querySelectorAll("th[data-sort]")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = "Sort";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => sort(heading, heading.cellIndex));
+  }
+
+  // Filters: hidden without scripts, so the page is whole either way.
+  const form = document.querySelector(".filters");
+  if (!form) return;
+  form.hidden = false;
+  const prompts = [...document.querySelectorAll(".prompt")];
+  const normal = (text) => text.normalize("NFKC").toLowerCase();
+  for (const prompt of prompts) {
+    prompt.words = normal(prompt.querySelector("blockquote").textContent);
+    for (const card of prompt.querySelectorAll(".card")) card.words = normal(card.querySelector(".text").textContent);
+  }
+  const apply = () => {
+    const wanted = new Set([...form.querySelectorAll("[name=variant]:checked")].map((box) => box.value));
+    const rank = form.elements.prompt.value;
+    const search = normal(form.elements.search.value.trim());
+    let shown = 0;
+    for (const prompt of prompts) {
+      let cards = 0;
+      const inPrompt = prompt.words.includes(search);
+      for (const card of prompt.querySelectorAll(".card")) {
+        card.hidden = !wanted.has(card.dataset.variant) || !(inPrompt || card.words.includes(search));
+        cards += !card.hidden;
+      }
+      prompt.hidden = (rank !== "" && prompt.dataset.rank !== rank) || cards === 0;
+      if (!prompt.hidden && (rank !== "" || search !== "")) prompt.open = true;
+      shown += !prompt.hidden;
+    }
+    form.querySelector("output").textContent = `${shown} of ${prompts.length} prompts shown`;
+  };
+  const openAll = (open) => prompts.forEach((prompt) => { prompt.open = open; });
+  form.addEventListener("input", apply);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.elements.open.addEventListener("click", () => openAll(true));
+  form.elements.close.addEventListener("click", () => openAll(false));
+  apply();
+})();

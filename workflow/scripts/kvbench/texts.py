@@ -1,0 +1,200 @@
+"""The variants' outputs, prompt by prompt, each set against its baseline's."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvbench.diff import Segment, common_prefix, compare_texts
+from kvbench.findings import Compared, TextTally, tally
+from kvbench.words import STATUS_WORDS, Row
+
+PROMPTS_SHOWN = 50
+CHARACTERS_SHOWN = 20_000
+
+STOPPED = {"eos": "ended by itself", "length": "cut at the set length"}
+
+# What would be invisible, or would turn the text around it: shown by name instead.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One variant's text for one prompt, as the report shows it."""
+
+    variant: str
+    kind: str  # baseline, equal, differs, alone, missing
+    note: str
+    prefix: str
+    segments: tuple[Segment, ...]
+    facts: str
+    simulated: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the cards of all variants that answered it."""
+
+    rank: int
+    text: str
+    facts: str
+    cards: tuple[Card, ...]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Everything the report says about outputs."""
+
+    prompts: tuple[Prompt, ...]
+    total: int
+    variants: tuple[str, ...]
+    tallies: tuple[TextTally, ...]
+    missing: tuple[tuple[str, str], ...]
+
+
+def visible(text: str) -> str:
+    """Control and direction characters by name: a null byte is ␀, U+202E is ⟦U+202E⟧."""
+    return _UNSEEN.sub(_picture, text.replace("\r\n", "\n"))
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return chr(0x2400 + code) if code < 0x20 else f"⟦U+{code:04X}⟧"
+
+
+def clip(text: str) -> str:
+    """A text as long as a page can bear, saying how much was left off."""
+    left = len(text) - CHARACTERS_SHOWN
+    return text if left <= 0 else f"{text[:CHARACTERS_SHOWN]}\n… {left:,} more characters"
+
+
+def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str, str]) -> Texts:
+    """Group ``outputs`` by prompt and compare each variant with its baseline.
+
+    Parameters
+    ----------
+    outputs : rows of the outputs files.
+    rows : the stats, which name each variant's baseline and their order.
+    tokenizers : model to what identifies its tokenizer; tokens are compared where they agree.
+    """
+    variants = {_key(row): str(row["variant"]) for row in rows}
+    answered: dict[Key, dict[int, Row]] = {}
+    missing = []
+    for row in outputs:
+        name = variants.setdefault(_key(row), str(row["method"]))
+        if row.get("rank") is None:
+            missing.append((name, _reason(row)))
+        else:
+            answered.setdefault(_key(row), {})[row["rank"]] = row
+    base = _baselines(rows, variants, answered)
+    order = [key for key in variants if key in answered]
+    order.sort(key=lambda key: key in base)
+    ranks = sorted({rank for texts in answered.values() for rank in texts})
+    pairs = {
+        (key, rank): _against(answered[key][rank], _reference(key, rank, base, answered), tokenizers)
+        for key in order
+        for rank in answered[key]
+    }
+    prompts = []
+    for rank in ranks[:PROMPTS_SHOWN]:
+        keys = [key for key in order if rank in answered[key]]
+        row = answered[keys[0]][rank]
+        cards = [
+            _card(variants[key], answered[key][rank], pairs[key, rank], key in base.values()) for key in keys
+        ]
+        prompts.append(Prompt(rank, clip(row.get("prompt") or ""), _prompt_facts(row), tuple(cards)))
+    tallies = [
+        tally(key[0], variants[key], variants[base[key]], compared)
+        for key in order
+        if (compared := [pair for rank in answered[key] if (pair := pairs[key, rank])])
+    ]
+    return Texts(
+        tuple(prompts), len(ranks), tuple(variants[key] for key in order), tuple(tallies), tuple(missing)
+    )
+
+
+def _key(row: Row) -> Key:
+    return str(row["model"]), str(row["method"])
+
+
+def _reason(row: Row) -> str:
+    status = STATUS_WORDS.get(row["status"], str(row["status"]))
+    return f"{status}: {row.get('status_reason') or 'no reason recorded'}"
+
+
+def _baselines(rows: Sequence[Row], variants: Mapping[Key, str], answered: Mapping[Key, Any]) -> dict[Key, Key]:
+    """Each variant's baseline, where both have texts; labels are unique within a run."""
+    by_label = {label: key for key, label in variants.items()}
+    found = {_key(row): by_label.get(str(row.get("baseline"))) for row in rows}
+    return {
+        key: base
+        for key, base in found.items()
+        if base is not None and base != key and key in answered and base in answered
+    }
+
+
+def _reference(
+    key: Key, rank: int, base: Mapping[Key, Key], answered: Mapping[Key, Mapping[int, Row]]
+) -> Row | None:
+    row = answered[base[key]].get(rank) if key in base else None
+    return row if row and row["status"] == "ok" else None
+
+
+def _against(row: Row, reference: Row | None, tokenizers: Mapping[str, str]) -> Compared | None:
+    """A text set against its baseline's; tokens are compared where both models have the same tokenizer."""
+    if reference is None or row["status"] != "ok":
+        return None
+    same = all(model in tokenizers for model in (row["model"], reference["model"]))
+    same = same and tokenizers[row["model"]] == tokenizers[reference["model"]]
+    mine, other = row.get("token_ids"), reference.get("token_ids")
+    comparable = mine is not None and other is not None and (same or row["model"] == reference["model"])
+    return Compared(
+        compare_texts(reference.get("text") or "", row.get("text") or ""),
+        common_prefix(mine, other) if comparable else None,
+    )
+
+
+def _prompt_facts(row: Row) -> str:
+    tokens = row.get("prompt_tokens")
+    return f"{tokens:,} tokens" if tokens is not None else ""
+
+
+def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool) -> Card:
+    text = row.get("text") or ""
+    kind, note, prefix, segments = "alone", "no baseline to compare with", text, ()
+    if row["status"] != "ok":
+        kind, note = "missing", _reason(row)
+    elif is_baseline:
+        kind, note = "baseline", "baseline"
+    elif compared is not None:
+        difference = compared.difference
+        kind = "equal" if difference.equal else "differs"
+        note = "equal to the baseline" if difference.equal else _parting(row, compared)
+        prefix, segments = difference.prefix, difference.segments
+    return Card(
+        variant=variant,
+        kind=kind,
+        note=note,
+        prefix=clip(prefix),
+        segments=tuple(Segment(part.kind, clip(part.text)) for part in segments),
+        facts=_facts(row),
+        simulated=bool(row.get("simulated")),
+    )
+
+
+def _parting(row: Row, compared: Compared) -> str:
+    if compared.tokens is None:
+        count = compared.difference.words
+        return f"parts after {count:,} words" if count else "parts at the first word"
+    length = len(row["token_ids"])
+    if compared.tokens == length:
+        return f"stops after token {length:,}, as far as the baseline" if length else "empty"
+    return f"parts at token {compared.tokens + 1:,} of {length:,}"
+
+
+def _facts(row: Row) -> str:
+    tokens, stopped = row.get("new_tokens"), row.get("stop_reason")
+    parts = [f"{tokens:,} tokens" if tokens is not None else "", STOPPED.get(stopped, stopped or "")]
+    return ", ".join(part for part in parts if part)

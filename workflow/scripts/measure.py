@@ -1,0 +1,20 @@
+"""Measure the prefill or the generation of one cell."""
+
+import argparse
+from pathlib import Path
+
+from kvbench import errors, jobs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["prefill", "generation"])
+    parser.add_argument("--workload", required=True, type=Path, help="token ids, a Parquet file")
+    jobs.add_arguments(parser)
+    args = parser.parse_args()
+    stage = jobs.prefill if args.stage == "prefill" else jobs.generation
+    stage(jobs.from_arguments(args), args.workload)
+
+
+if __name__ == "__main__":
+    errors.cli(main)
