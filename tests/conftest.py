@@ -8,5 +8,3 @@ SCRIPTS = ROOT / "workflow" / "scripts"
 
 # programs that tests start find the package where the scripts do
 os.environ["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-

@@ -8,7 +8,10 @@ from typing import Any
 import yaml
 
 WORDS = "the cache keeps what a model has read and a press throws most of it away again before it writes".split()
-TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 def chats(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
@@ -20,16 +23,20 @@ def chats(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
 
     def conversation(i: int) -> dict[str, Any]:
         roles = ["gpt", "human"] if i % 3 == 0 else ["human", "gpt"]
-        return {"id": f"chat{i:03}", "conversations": [{"from": role, "value": text(5, 90)} for role in roles * 2]}
+        return {
+            "id": f"chat{i:03}",
+            "conversations": [{"from": role, "value": text(5, 90)} for role in roles * 2],
+        }
 
     return [conversation(i) for i in range(count)]
 
 
 def save_model(folder: Path) -> None:
     """A Llama of 3 layers with random weights and a byte-level tokenizer trained on the chats' words."""
-    import tiny
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    import tiny
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,11 +9,22 @@ import pyarrow.parquet as pq
 
 MODEL = "smollm2-135m"
 METHODS = ["baseline", "knorm-0.8", "snapkv-0.5", "adakv-snapkv-0.5", "expected-attention-0.5", "finch-0.5"]
-MEASURED = (
-    "ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s article_tokens_per_s kv_cache_bytes "
-    "kv_cache_allocated_bytes kv_cache_full_bytes kv_compression_factor peak_prefill_bytes "
-    "peak_generation_bytes mbu mfu energy_j_per_token"
-).split()
+MEASURED = [
+    "ttft_s",
+    "tpot_s",
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "article_tokens_per_s",
+    "kv_cache_bytes",
+    "kv_cache_allocated_bytes",
+    "kv_cache_full_bytes",
+    "kv_compression_factor",
+    "peak_prefill_bytes",
+    "peak_generation_bytes",
+    "mbu",
+    "mfu",
+    "energy_j_per_token",
+]
 WORKLOADS = {"chat": (4, 256, 32), "long": (1, 2048, 64)}
 SPEED = {
     "baseline": 27.4,
@@ -36,8 +47,8 @@ PROMPTS = [
     "Say nothing.",
 ]
 BASE_TEXTS = [
-    "The capital of France is Paris. It grew on an island in the Seine, where the river was easy to cross.",
-    f"A script tag such as {EVIL} tells the browser to run code, so a careful page writes it as text instead.",
+    "The capital of France is Paris. It grew on an isle in the Seine, where the river was easy to cross.",
+    f"A script tag such as {EVIL} tells the browser to run code, so a careful page writes it as text.",
     "كان يا ما كان، كانت هناك قطة صغيرة تحب البحر وتنتظر الصيادين كل صباح.",
     "A fox jumps over a dog. " * 40,
     "```html\n</script><!-- \u2028 still text -->\n```\nThen 🚀 and a\ttab.",
@@ -46,14 +57,14 @@ BASE_TEXTS = [
 OTHER_TEXTS = {
     "knorm-0.8": [
         "The capital The the France cycl ýboot. ’’ ‘haiesan_realodyn 爰录音 爰录音 爰录音",
-        f"{EVIL}{EVIL} onmouseover=\"alert(2)\" ' ><img src=x onerror=alert(3)>",
+        f'{EVIL}{EVIL} onmouseover="alert(2)" \' ><img src=x onerror=alert(3)>',
         "قطة قطة قطة قطة",
         "fox " * 100,
         "\x00\x07\u202e gnp.exe",
         "Nothing.",
     ],
     "snapkv-0.5": [
-        "The capital of France is Paris. It grew on an island in the river, where the Seine was easy to bridge.",
+        "The capital of France is Paris. It grew on an isle in the river, where the Seine was easy to span.",
         f"A script tag such as {EVIL} tells the browser to run code, so write it as text.",
         "كان يا ما كان، كانت هناك قطة كبيرة تحب البحر وتنتظر الصيادين كل مساء.",
         "A fox jumps over a dog. " * 39 + "The end.",
@@ -87,7 +98,7 @@ def _cell(method: str, workload: str, device: str, protocol: str) -> dict[str, A
     }
     values = _values(method, workload, full)
     for column in MEASURED:
-        value = values.get(column)
+        value = values.get(column) if column != "article_tokens_per_s" or protocol == "article" else None
         spread = 0.0 if column.startswith("kv_") else 0.02
         cell[column] = value
         cell[f"{column}_low"] = None if value is None else value * (1 - spread)
@@ -123,7 +134,7 @@ def _blank(cell: dict[str, Any], status: str, reason: str) -> None:
 
 
 def stats(device: str = CPU, protocol: str = "standard") -> list[dict[str, Any]]:
-    """Rows of stats.parquet; finch is unsupported in batches, expected-attention runs out of memory on `long`."""
+    """Rows of stats.parquet; finch is unsupported in batches, expected-attention out of memory on `long`."""
     cells = [_cell(method, workload, device, protocol) for workload in WORKLOADS for method in METHODS]
     for cell in cells:
         if cell["method"] == "finch-0.5" and cell["workload"] == "chat":
@@ -142,6 +153,7 @@ def measurements(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shifts = (-0.018, -0.006, 0.0, 0.004, 0.017) if cell["status"] == "ok" else (0.0,)
         for repeat, shift in enumerate(shifts):
             row = {key: value for key, value in cell.items() if not key.endswith(("_low", "_high"))}
+            row["dtype"] = "torch.float32"
             for column in MEASURED:
                 if row[column] is not None and not column.startswith("kv_"):
                     row[column] *= 1 + shift
@@ -151,10 +163,19 @@ def measurements(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def outputs(method: str) -> list[dict[str, Any]]:
     """Rows of one variant's outputs file; token ids are stand-ins, one a word."""
-    base = {"model": MODEL, "method": method, "variant": method, "simulated": False}
+    base = {"model": MODEL, "method": method, "simulated": method.startswith("adakv")}
     if method == "finch-0.5":
         empty = dict.fromkeys(
-            "rank conversation_id prompt prompt_tokens text token_ids new_tokens stop_reason".split()
+            [
+                "rank",
+                "conversation_id",
+                "prompt",
+                "prompt_tokens",
+                "text",
+                "token_ids",
+                "new_tokens",
+                "stop_reason",
+            ]
         )
         return [base | empty | {"status": "unsupported", "status_reason": "FinchPress needs a delimiter"}]
     texts = OTHER_TEXTS.get(method, BASE_TEXTS)
@@ -177,6 +198,7 @@ def outputs(method: str) -> list[dict[str, Any]]:
 
 
 PROVENANCE = {
+    "script": "measure",
     "code": "3f1c9a7be2d04455",
     "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.2.0", "kvpress": "0.5.5"},
     "device": CPU,
@@ -196,8 +218,10 @@ COUNTS = {
     "seed": 4387,
     "file": "ShareGPT_V3_unfiltered_cleaned_split.json",
     "truncated": True,
+    "bytes_left_out": 4711,
     "conversations_read": 17671,
     "steps": [
+        {"step": "read", "kept": 17671},
         {"step": "at least 2 messages", "kept": 17120},
         {"step": "first message by a human", "kept": 11410},
         {"step": "both texts at least 10 characters", "kept": 11012},
@@ -257,10 +281,10 @@ def write(
         "stats": _parquet(cells, folder / "stats.parquet"),
         "measurements": _parquet(measurements(cells), folder / "measurements.parquet"),
         "outputs": [
-            _parquet(rows, folder / f"outputs/{rows[0]['model']}/{rows[0]['method']}.parquet")
-            for rows in texts
+            _parquet(rows, folder / f"outputs/{rows[0]['model']}/{rows[0]['method']}.parquet") for rows in texts
         ],
         "prompts_counts": _json(COUNTS, folder / "prompts/sharegpt.json"),
         "model_manifests": [_json(MODEL_MANIFEST, folder / f"models/{MODEL}/manifest.json")],
         "dataset_manifest": _json(DATASET_MANIFEST, folder / "datasets/sharegpt/manifest.json"),
+        "plan": _json({"config": CONFIG, "protocol": CONFIG["protocol"], "cells": []}, folder / "plan.json"),
     }

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache
 
+import tiny
 from kvbench.cache import CacheBytes, cache_bytes, full_cache_bytes
 
 SHAPE = (2, 3, 10, 4)  # batch, heads, tokens, head_dim
@@ -49,7 +49,9 @@ def test_a_paged_cache_has_live_tokens_in_blocks_that_are_allocated_ahead() -> N
         head_dim=4,
         dtype=torch.bfloat16,
     )
-    empty = SimpleNamespace(key_blocks=None, value_blocks=None, cache_seq_lengths=None, head_dim=4, dtype=torch.bfloat16)
+    empty = SimpleNamespace(
+        key_blocks=None, value_blocks=None, cache_seq_lengths=None, head_dim=4, dtype=torch.bfloat16
+    )
     assert cache_bytes(SimpleNamespace(layers=[layer, empty])) == CacheBytes(2 * 12 * 4 * 2, 2 * 16 * 8 * 4 * 2)
 
 

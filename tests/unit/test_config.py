@@ -40,8 +40,14 @@ def test_everything_but_models_and_methods_has_a_default() -> None:
     ("data", "words"),
     [
         (changed(worklods={}), ["worklods", "did you mean 'workloads'"]),
-        (changed(models={"m": {"source": HUB, "dtpe": "auto"}}), ["models.m", "'dtpe'", "did you mean 'dtype'"]),
-        (changed(models={"m": {"source": HUB | {"revision": "main"}}}), ["models.m.source.revision", "'main'", "commit"]),
+        (
+            changed(models={"m": {"source": HUB, "dtpe": "auto"}}),
+            ["models.m", "'dtpe'", "did you mean 'dtype'"],
+        ),
+        (
+            changed(models={"m": {"source": HUB | {"revision": "main"}}}),
+            ["models.m.source.revision", "'main'", "commit"],
+        ),
         (changed(models={"m": {"source": HUB | {"path": "x"}}}), ["models.m.source", "exactly one"]),
         (changed(models={"m": {}}), ["models.m.source", "missing"]),
         (changed(models={}), ["models", "at least 1"]),
@@ -53,35 +59,58 @@ def test_everything_but_models_and_methods_has_a_default() -> None:
             method({"press": "KnormPress", "args": {"compresion_ratio": 0.5}}),
             ["methods.x.args.compresion_ratio", "did you mean 'compression_ratio'"],
         ),
-        (method({"press": "KnormPress", "args": {"compression_ratio": 1.0}}), ["compression_ratio", "1.0", "[0, 1)"]),
+        (
+            method({"press": "KnormPress", "args": {"compression_ratio": 1.0}}),
+            ["compression_ratio", "1.0", "[0, 1)"],
+        ),
         (method({"press": "KnormPress", "args": {"compression_ratio": -0.1}}), ["-0.1", "[0, 1)"]),
         (method({"press": "KnormPress", "args": {"compression_ratio": "high"}}), ["'high'", "float"]),
         (method({"press": "SnapKVPress", "args": {"window_size": 1.5}}), ["window_size", "1.5", "int"]),
         (method({"press": "AdaKVPress"}), ["methods.x.args", "needs the argument 'press'"]),
-        (method({"press": "AdaKVPress", "args": {"press": "SnapKVPress"}}), ["methods.x.args.press", "class name"]),
+        (
+            method({"press": "AdaKVPress", "args": {"press": "SnapKVPress"}}),
+            ["methods.x.args.press", "class name"],
+        ),
         (
             method({"press": "AdaKVPress", "args": {"press": {"press": "SnapKVPres"}}}),
             ["methods.x.args.press.press", "did you mean 'SnapKVPress'"],
         ),
-        (method({"press": "AdaKVPress", "args": {"press": {"press": "ThinKPress"}}}), ["ThinKPress is no ScorerPress"]),
         (
-            method({"press": "ComposedPress", "args": {"presses": [{"press": "KnormPress", "args": {"ratio": 1}}]}}),
+            method({"press": "AdaKVPress", "args": {"press": {"press": "ThinKPress"}}}),
+            ["ThinKPress is no ScorerPress"],
+        ),
+        (
+            method(
+                {
+                    "press": "ComposedPress",
+                    "args": {"presses": [{"press": "KnormPress", "args": {"ratio": 1}}]},
+                }
+            ),
             ["methods.x.args.presses[0].args.ratio", "it takes: compression_ratio"],
         ),
         (method("dense"), ["methods.x", "'dense'", "a method is none"]),
         (method({"dms": {"checkpoint": "nvidia/x"}}), ["methods.x.dms", "revision"]),
         (method({"dms": {}}), ["methods.x.dms", "exactly one of the keys checkpoint, adapter"]),
-        (changed(workloads={"w": {"batch_size": 0}}), ["workloads.w.batch_size", "0", "greater than or equal to 1"]),
+        (
+            changed(workloads={"w": {"batch_size": 0}}),
+            ["workloads.w.batch_size", "0", "greater than or equal to 1"],
+        ),
         (changed(workloads={"w": {"batch_size": "4"}}), ["workloads.w.batch_size", "'4'", "integer"]),
         (changed(workloads={"w": {"batch_size": True}}), ["workloads.w.batch_size", "True"]),
         (changed(workloads={"w": {"new_tokens": 1}}), ["workloads.w.new_tokens", "1"]),
         (changed(workloads={"w": {"padding": "article"}}), ["workloads.w.padding", "protocol.name: article"]),
         (changed(protocol={"name": "standrd"}), ["protocol.name", "'standrd'", "'standard' or 'article'"]),
-        (changed(variants=[{"model": "m", "method": "knorm"}]), ["variants[0].method", "did you mean 'knorm-0.8'"]),
+        (
+            changed(variants=[{"model": "m", "method": "knorm"}]),
+            ["variants[0].method", "did you mean 'knorm-0.8'"],
+        ),
         (changed(variants=[{"model": "m", "method": "baseline"}] * 2), ["variants[1]", "twice"]),
         (changed(dataset={"source": {"path": "nowhere.json"}}), ["dataset.source.path", "nowhere.json"]),
         (changed(dataset={"source": HUB}), ["dataset.source", "'file'"]),
-        (changed(models={"m": {"source": {"random": "Qwen/Qwen3-8b"}}}), ["random", "did you mean 'Qwen/Qwen3-8B'"]),
+        (
+            changed(models={"m": {"source": {"random": "Qwen/Qwen3-8b"}}}),
+            ["random", "did you mean 'Qwen/Qwen3-8B'"],
+        ),
         (
             changed(models={"m": {"source": {"random": "Qwen/Qwen3-8B"}, "trust_remote_code": True}}),
             ["models.m.trust_remote_code", "hub source"],
@@ -89,7 +118,8 @@ def test_everything_but_models_and_methods_has_a_default() -> None:
         (changed(models={"m": {"source": HUB, "base": "n"}}), ["models.m.base", "'n'"]),
         (
             changed(
-                models={"m": {"source": {"random": "Qwen/Qwen3-8B"}}}, workloads={"w": {"prompt_tokens": 40900}}
+                models={"m": {"source": {"random": "Qwen/Qwen3-8B"}}},
+                workloads={"w": {"prompt_tokens": 40900}},
             ),
             ["workloads.w", "40900", "40960"],
         ),
@@ -135,7 +165,10 @@ def dms_config(variants: Any) -> dict[str, Any]:
 
 def test_a_dms_checkpoint_is_paired_with_its_own_model_and_compared_with_its_base() -> None:
     found = grid.variants(config.load(dms_config("all")))
-    assert [(v.model, v.method, v.baseline) for v in found] == [("q", "baseline", "baseline"), ("d", "dms", "baseline")]
+    assert [(v.model, v.method, v.baseline) for v in found] == [
+        ("q", "baseline", "baseline"),
+        ("d", "dms", "baseline"),
+    ]
     assert found[1].source_of_tokens == "q"
 
 
@@ -152,7 +185,12 @@ def test_labels_name_the_model_only_where_the_method_is_ambiguous() -> None:
     assert grid.variants(config.load(two))[3].baseline == "n/baseline"
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
 def test_no_junk_gives_anything_but_a_user_error(junk: Any) -> None:
     for key in ("models", "methods", "workloads", "dataset", "variants", "protocol"):
         try:

@@ -3,19 +3,19 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from kvbench import methods
 from kvbench.decode import generate, prefill
 from kvbench.errors import Unsupported
 
 HALF = {"compression_ratio": 0.5}
 SCORERS = [
-    "KnormPress", "SnapKVPress", "ExpectedAttentionPress", "StreamingLLMPress", "TOVAPress", "KeyDiffPress", "LagKVPress",
-    "PyramidKVPress",
+    "KnormPress", "SnapKVPress", "ExpectedAttentionPress", "StreamingLLMPress", "TOVAPress", "KeyDiffPress",
+    "LagKVPress", "PyramidKVPress",
 ]  # fmt: skip
 WRAPPED = [
     {"press": "CriticalKVPress", "args": {"press": {"press": "SnapKVPress", "args": HALF}}},
@@ -104,7 +104,11 @@ def test_a_rerotating_press_goes_on_from_the_compressed_length() -> None:
 @pytest.mark.parametrize(
     ("spec", "rows", "reason"),
     [
-        ({"press": "ChunkKVPress", "args": {"press": {"press": "KnormPress", "args": HALF}}}, 2, "first row's chunks"),
+        (
+            {"press": "ChunkKVPress", "args": {"press": {"press": "KnormPress", "args": HALF}}},
+            2,
+            "first row's chunks",
+        ),
         ({"press": "SimLayerKVPress", "args": {}}, 2, "average over the batch"),
         ({"press": "KVzipPress", "args": HALF}, 2, "one sequence"),
         ({"press": "ObservedAttentionPress", "args": HALF}, 1, "attention: eager"),

@@ -9,7 +9,9 @@ from kvbench import provenance
 FILES = {
     "job.py": "from kvbench import used\nused.f()\n",
     "kvbench/__init__.py": "",
-    "kvbench/used.py": 'DATA = ("pages",)\n\ndef f():\n    """Doc."""\n    from kvbench.lazy import g\n    return g()\n',
+    "kvbench/used.py": (
+        'DATA = ("pages",)\n\ndef f():\n    """Doc."""\n    from kvbench.lazy import g\n    return g()\n'
+    ),
     "kvbench/lazy.py": "import json\n\ndef g():\n    return 1  # why\n",
     "kvbench/unused.py": "X = 1\n",
     "kvbench/pages/page.html": "<p>",
@@ -64,4 +66,6 @@ def test_what_changes_it(tree: Path, name: str, text: str) -> None:
 
 
 def test_canonical_ignores_the_order_of_keys() -> None:
-    assert provenance.canonical({"b": {"d": 1, "c": 2}, "a": "é"}) == provenance.canonical({"a": "é", "b": {"c": 2, "d": 1}})
+    assert provenance.canonical({"b": {"d": 1, "c": 2}, "a": "é"}) == provenance.canonical(
+        {"a": "é", "b": {"c": 2, "d": 1}}
+    )

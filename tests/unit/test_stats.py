@@ -32,7 +32,12 @@ def write(folder: Path, generation: list[dict[str, Any]], prefill: dict[str, Any
 
 
 def prefill(status: str = "ok", reason: str | None = None, **repeat: Any) -> dict[str, Any]:
-    cache = {"kv_cache_bytes": 100, "kv_cache_allocated_bytes": 120, "kv_cache_full_bytes": 200, "ttft_s": 1.0}
+    cache = {
+        "kv_cache_bytes": 100,
+        "kv_cache_allocated_bytes": 120,
+        "kv_cache_full_bytes": 200,
+        "ttft_s": 1.0,
+    }
     repeats = [cache | repeat] * 3 if status == "ok" else []
     return {"status": status, "status_reason": reason, "repeats": repeats}
 
@@ -56,7 +61,11 @@ def test_a_cell_is_the_median_of_its_repeats(tmp_path: Path) -> None:
     measurements, (row,) = stats.merge(plan(), tmp_path)
     assert [m["ttft_s"] for m in measurements] == [3.0, 1.0, 2.0]
     assert (row["ttft_s"], row["ttft_s_low"], row["ttft_s_high"], row["repeats"]) == (2.0, 1.0, 3.0, 3)
-    assert (row["kv_cache_bytes"], row["kv_cache_allocated_bytes"], row["kv_compression_factor"]) == (100, 120, 2.0)
+    assert (row["kv_cache_bytes"], row["kv_cache_allocated_bytes"], row["kv_compression_factor"]) == (
+        100,
+        120,
+        2.0,
+    )
     assert row["simulated"] is False and row["baseline"] == "baseline" and row["mbu"] is None
 
 
@@ -77,7 +86,11 @@ def test_the_baseline_is_never_simulated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["prefill", "generation"])
 def test_what_was_not_measured_is_a_row_with_nulls(tmp_path: Path, stage: str) -> None:
     bad = {"status": "oom", "status_reason": "tried to allocate 9 GiB"}
-    write(tmp_path, [bad if stage == "generation" else {}], prefill(**({"status": "oom", "reason": bad["status_reason"]} if stage == "prefill" else {})))
+    write(
+        tmp_path,
+        [bad if stage == "generation" else {}],
+        prefill(**({"status": "oom", "reason": bad["status_reason"]} if stage == "prefill" else {})),
+    )
     outputs = {name: tmp_path / f"{name}.x" for name in ("measurements", "stats", "csv")}
     stats.write(plan(), tmp_path, outputs, {})
     (row,) = pq.read_table(outputs["stats"]).to_pylist()
@@ -97,10 +110,13 @@ def test_the_article_divides_all_tokens_by_a_difference_of_two_runs(tmp_path: Pa
 
 
 def test_the_contract_of_the_columns() -> None:
-    assert stats.STATS.names[:28] == (
-        "model method variant workload batch_size prompt_tokens new_tokens engine protocol device status"
-        " status_reason repeats simulated ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s"
-        " article_tokens_per_s kv_cache_bytes kv_cache_allocated_bytes kv_cache_full_bytes kv_compression_factor"
-        " peak_prefill_bytes peak_generation_bytes mbu mfu energy_j_per_token"
-    ).split()
+    assert (
+        stats.STATS.names[:28]
+        == (
+            "model method variant workload batch_size prompt_tokens new_tokens engine protocol device status"
+            " status_reason repeats simulated ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s"
+            " article_tokens_per_s kv_cache_bytes kv_cache_allocated_bytes kv_cache_full_bytes kv_compression_factor"
+            " peak_prefill_bytes peak_generation_bytes mbu mfu energy_j_per_token"
+        ).split()
+    )
     assert {f"{name}_{end}" for name in stats.MEASURED for end in ("low", "high")} < set(stats.STATS.names)

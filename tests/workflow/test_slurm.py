@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tinyrun
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
-TINY = ROOT / "tests" / "data" / "tiny.yaml"
 
 pytestmark = [
     pytest.mark.slurm,
@@ -97,11 +97,7 @@ def test_rules_become_slurm_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").read_text().splitlines() for name in "ab"
     )
     assert "TresPerJob=gres:gpu:1" in a_job
-    assert (
-        "CPUs/Task=8" in a_job
-        and "TimeLimit=00:07:00" in a_job
-        and re.search(r"MinMemoryNode=3000M?\b", a_job)
-    )
+    assert "CPUs/Task=8" in a_job and "TimeLimit=00:07:00" in a_job and re.search(r"MinMemoryNode=3000M?\b", a_job)
     assert devices == "devices=0"
     assert float(a_end) <= float(b_start) or float(b_end) <= float(a_start), "both held the GPU at once"
 
@@ -111,7 +107,8 @@ def test_rules_become_slurm_jobs(slurm: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_the_pipeline_runs_on_slurm(slurm: dict[str, str], tmp_path: Path) -> None:
-    arguments: list[str | Path] = ["--snakefile", ROOT / "Snakefile", "--configfile", TINY]
+    config = tinyrun.make(tmp_path / "tiny")
+    arguments: list[str | Path] = ["--snakefile", ROOT / "Snakefile", "--configfile", config]
     printed = snakemake(slurm, tmp_path, *arguments)
     assert "has been submitted with SLURM jobid" in printed
     assert (tmp_path / "results" / "report.html").stat().st_size > 0

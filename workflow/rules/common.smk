@@ -3,7 +3,9 @@ import re
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "scripts"
+SCRIPTS = (
+    Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "scripts"
+)
 sys.path.insert(0, str(SCRIPTS))
 
 from kvbench import config as configs
@@ -40,6 +42,15 @@ def code(name):
     return canonical({"script": name, "code": fingerprint(script(name))})
 
 
+def local_files(source):
+    """The user's own files of a source, so that a change of one is seen; other sources name their content."""
+    if not isinstance(source, configs.PathSource):
+        return []
+    if source.path.is_file():
+        return [str(source.path)]
+    return sorted(str(path) for path in source.path.iterdir() if path.is_file())
+
+
 def model_manifest(wildcards):
     """Manifest of the model that a job loads."""
     return f"{RESULTS}/models/{wildcards.model}/manifest.json"
@@ -47,12 +58,19 @@ def model_manifest(wildcards):
 
 def cell_files(stage, suffix):
     """The files of one stage for every cell."""
-    return [f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}" for c in CELLS]
+    return [
+        f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}"
+        for c in CELLS
+    ]
 
 
 def output_files(wildcards):
     """The outputs of every variant, if the config wants any."""
-    return [f"{RESULTS}/outputs/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.outputs.prompts]
+    return [
+        f"{RESULTS}/outputs/{v.model}/{v.method}.parquet"
+        for v in VARIANTS
+        if CONFIG.outputs.prompts
+    ]
 
 
 def has_tokenizer(model):
@@ -63,7 +81,9 @@ def has_tokenizer(model):
 def variant_of(wildcards):
     """A variant for its jobs: what to run, not how the report calls it."""
     spec = grid.method_spec(CONFIG, wildcards.method)
-    return canonical({"model": wildcards.model, "method": wildcards.method, "spec": spec})
+    return canonical(
+        {"model": wildcards.model, "method": wildcards.method, "spec": spec}
+    )
 
 
 def loading_of(wildcards):
@@ -74,12 +94,27 @@ def loading_of(wildcards):
 
 def summary():
     """What a finished run says: where the report lies, and what is missing from it."""
-    gaps = stats.missing(Path(RESULTS, "stats.parquet")) if Path(RESULTS, "stats.parquet").exists() else []
+    gaps = (
+        stats.missing(Path(RESULTS, "stats.parquet"))
+        if Path(RESULTS, "stats.parquet").exists()
+        else []
+    )
     again = f"To measure them again, delete their files under {RESULTS} and run again."
-    return "\n".join([f"Report: {RESULTS}/report.html"] + [f"Not measured: {gap}" for gap in gaps] + [again] * bool(gaps))
+    return "\n".join(
+        [f"Report: {RESULTS}/report.html"]
+        + [f"Not measured: {gap}" for gap in gaps]
+        + [again] * bool(gaps)
+    )
 
 
 def last_error():
     """The causes of a failed run, from its jobs' logs; Snakemake's own words bury them."""
-    texts = [path.read_text("utf-8", "replace") for path in Path(RESULTS, "logs").rglob("*.log")]
-    return "\n".join(sorted({found for text in texts for found in re.findall(r"^error: .*", text, re.M)}))
+    texts = [
+        path.read_text("utf-8", "replace")
+        for path in Path(RESULTS, "logs").rglob("*.log")
+    ]
+    return "\n".join(
+        sorted(
+            {found for text in texts for found in re.findall(r"^error: .*", text, re.M)}
+        )
+    )

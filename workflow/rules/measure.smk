@@ -21,17 +21,17 @@ rule prefill:
         batch=token_ids,
     output:
         record=f"{RESULTS}/prefill/{{model}}/{{method}}/{{workload}}.json",
-    params:
-        **MEASURE,
-    threads: 8
-    resources:
-        gpu=1,
     log:
         f"{RESULTS}/logs/prefill/{{model}}/{{method}}/{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/prefill/{{model}}/{{method}}/{{workload}}.tsv"
     conda:
         "../../envs/gpu.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+    params:
+        **MEASURE,
     shell:
         "{PYTHON} {SCRIPTS}/measure.py prefill --manifest {input.manifest} --workload {input.batch}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
@@ -44,17 +44,17 @@ rule generation:
         batch=token_ids,
     output:
         rows=f"{RESULTS}/generation/{{model}}/{{method}}/{{workload}}.parquet",
-    params:
-        **MEASURE,
-    threads: 8
-    resources:
-        gpu=1,
     log:
         f"{RESULTS}/logs/generation/{{model}}/{{method}}/{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/generation/{{model}}/{{method}}/{{workload}}.tsv"
     conda:
         "../../envs/gpu.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+    params:
+        **MEASURE,
     shell:
         "{PYTHON} {SCRIPTS}/measure.py generation --manifest {input.manifest} --workload {input.batch}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
@@ -64,9 +64,20 @@ rule generation:
 rule outputs:
     input:
         manifest=model_manifest,
-        prompts=lambda wildcards: rules.prompts.output.prompts if has_tokenizer(wildcards.model) else [],
+        prompts=lambda wildcards: (
+            rules.prompts.output.prompts if has_tokenizer(wildcards.model) else []
+        ),
     output:
         texts=f"{RESULTS}/outputs/{{model}}/{{method}}.parquet",
+    log:
+        f"{RESULTS}/logs/outputs/{{model}}/{{method}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/outputs/{{model}}/{{method}}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 8
+    resources:
+        gpu=1,
     params:
         variant=variant_of,
         loading=loading_of,
@@ -74,17 +85,10 @@ rule outputs:
         count=CONFIG.outputs.prompts,
         new_tokens=CONFIG.outputs.new_tokens,
         max_prompt_tokens=CONFIG.outputs.max_prompt_tokens,
-        prompts=lambda wildcards, input: f"--prompts {input.prompts}" if input.prompts else "",
+        prompts=lambda wildcards, input: (
+            f"--prompts {input.prompts}" if input.prompts else ""
+        ),
         provenance=code("outputs"),
-    threads: 8
-    resources:
-        gpu=1,
-    log:
-        f"{RESULTS}/logs/outputs/{{model}}/{{method}}.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/outputs/{{model}}/{{method}}.tsv"
-    conda:
-        "../../envs/gpu.yaml"
     shell:
         "{PYTHON} {SCRIPTS}/outputs.py --manifest {input.manifest} {params.prompts} --count {params.count}"
         " --new-tokens {params.new_tokens} --max-prompt-tokens {params.max_prompt_tokens}"

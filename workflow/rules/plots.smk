@@ -12,14 +12,14 @@ rule bars:
             labels={"workload": "{workload}"},
         ),
         png=f"{RESULTS}/plots/bars-{{workload}}.png",
-    params:
-        provenance=code("plots"),
     log:
         f"{RESULTS}/logs/plots/bars-{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/plots/bars-{{workload}}.tsv"
     conda:
         "../../envs/analysis.yaml"
+    params:
+        provenance=code("plots"),
     shell:
         "{PYTHON} {SCRIPTS}/plots.py --stats {input.stats} --workload {wildcards.workload}"
         " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"

@@ -7,18 +7,18 @@ rule prompts:
     output:
         prompts=f"{RESULTS}/prompts/{DATASET}.parquet",
         counts=f"{RESULTS}/prompts/{DATASET}.json",
-    params:
-        selection=CONFIG.dataset.selection,
-        seed=CONFIG.dataset.seed,
-        min_chars=CONFIG.dataset.min_chars,
-        share=CONFIG.dataset.max_malformed_share,
-        provenance=code("prompts"),
     log:
         f"{RESULTS}/logs/prompts/{DATASET}.log",
     benchmark:
         f"{RESULTS}/benchmarks/prompts/{DATASET}.tsv"
     conda:
         "../../envs/analysis.yaml"
+    params:
+        selection=CONFIG.dataset.selection,
+        seed=CONFIG.dataset.seed,
+        min_chars=CONFIG.dataset.min_chars,
+        share=CONFIG.dataset.max_malformed_share,
+        provenance=code("prompts"),
     shell:
         "{PYTHON} {SCRIPTS}/prompts.py --manifest {input.manifest} --selection {params.selection}"
         " --seed {params.seed} --min-chars {params.min_chars} --max-malformed-share {params.share}"
@@ -29,7 +29,10 @@ def workload_sources(wildcards):
     """A model that has no tokenizer needs no prompts."""
     needed = {"manifest": f"{RESULTS}/models/{wildcards.model}/manifest.json"}
     if has_tokenizer(wildcards.model):
-        needed |= {"prompts": rules.prompts.output.prompts, "dataset": rules.fetch_dataset.output.manifest}
+        needed |= {
+            "prompts": rules.prompts.output.prompts,
+            "dataset": rules.fetch_dataset.output.manifest,
+        }
     return needed
 
 
@@ -38,22 +41,26 @@ rule workload:
         unpack(workload_sources),
     output:
         batch=f"{RESULTS}/workloads/{{model}}/{{workload}}.parquet",
-    params:
-        batch_size=lambda wildcards: CONFIG.workloads[wildcards.workload].batch_size,
-        prompt_tokens=lambda wildcards: CONFIG.workloads[wildcards.workload].prompt_tokens,
-        new_tokens=lambda wildcards: CONFIG.workloads[wildcards.workload].new_tokens,
-        padding=lambda wildcards: CONFIG.padding(wildcards.workload),
-        texts=lambda wildcards, input: (
-            f"--prompts {input.prompts} --dataset-manifest {input.dataset}" if has_tokenizer(wildcards.model) else ""
-        ),
-        seed=CONFIG.dataset.seed,
-        provenance=code("workload"),
     log:
         f"{RESULTS}/logs/workloads/{{model}}/{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/workloads/{{model}}/{{workload}}.tsv"
     conda:
         "../../envs/gpu.yaml"
+    params:
+        batch_size=lambda wildcards: CONFIG.workloads[wildcards.workload].batch_size,
+        prompt_tokens=lambda wildcards: CONFIG.workloads[
+            wildcards.workload
+        ].prompt_tokens,
+        new_tokens=lambda wildcards: CONFIG.workloads[wildcards.workload].new_tokens,
+        padding=lambda wildcards: CONFIG.padding(wildcards.workload),
+        texts=lambda wildcards, input: (
+            f"--prompts {input.prompts} --dataset-manifest {input.dataset}"
+            if has_tokenizer(wildcards.model)
+            else ""
+        ),
+        seed=CONFIG.dataset.seed,
+        provenance=code("workload"),
     shell:
         "{PYTHON} {SCRIPTS}/workload.py --model-manifest {input.manifest} {params.texts} --seed {params.seed}"
         " --batch-size {params.batch_size} --prompt-tokens {params.prompt_tokens} --new-tokens {params.new_tokens}"

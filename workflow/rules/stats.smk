@@ -23,16 +23,21 @@ rule stats:
     output:
         measurements=f"{RESULTS}/measurements.parquet",
         stats=f"{RESULTS}/stats.parquet",
-        csv=report(f"{RESULTS}/stats.csv", caption="../report/table.rst", category="Measurements", labels={"what": "every cell"}),
-    params:
-        results=RESULTS,
-        provenance=code("stats"),
+        csv=report(
+            f"{RESULTS}/stats.csv",
+            caption="../report/table.rst",
+            category="Measurements",
+            labels={"what": "every cell"},
+        ),
     log:
         f"{RESULTS}/logs/stats.log",
     benchmark:
         f"{RESULTS}/benchmarks/stats.tsv"
     conda:
         "../../envs/analysis.yaml"
+    params:
+        results=RESULTS,
+        provenance=code("stats"),
     shell:
         "{PYTHON} {SCRIPTS}/stats.py --plan {input[0]} --results {params.results} --provenance {params.provenance:q}"
         " --measurements {output.measurements} --stats {output.stats} --csv {output.csv} 2>&1 | tee {log}"

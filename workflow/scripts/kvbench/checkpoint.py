@@ -46,9 +46,7 @@ def check_remote_code(folder: Path, label: str, *, trusted: bool, hub: bool) -> 
             continue
         cause = f"{label}: {name} has auto_map, so loading it would run Python code that comes with it"
         if not hub:
-            remedy = (
-                "Remove auto_map if transformers knows the architecture itself, or use its hub repository"
-            )
+            remedy = "Remove auto_map if transformers knows the architecture itself, or use its hub repository"
             raise UserError(cause, remedy)
         if not trusted:
             raise UserError(cause, "Read that code, then set `trust_remote_code: true` for this model")

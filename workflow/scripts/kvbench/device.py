@@ -40,7 +40,6 @@ def exclusive() -> Iterator[torch.device]:
 
 def _wait() -> None:
 
-
     time.sleep(1.0)
 
 
@@ -160,7 +159,6 @@ class HostClock:
         self.moments: list[float] = []
 
     def mark(self) -> None:
-
 
         self.moments.append(time.perf_counter())
 

@@ -49,7 +49,7 @@ def split_words(text: str) -> list[str]:
 def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Number of leading elements that two sequences share."""
     count = 0
-    for one, other in zip(first, second):
+    for one, other in zip(first, second, strict=False):
         if one != other:
             break
         count += 1

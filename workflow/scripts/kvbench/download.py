@@ -5,6 +5,7 @@ Every failure of pip or of the hub becomes a `UserError` that says the cause and
 
 import difflib
 import email
+import errno
 import os
 import re
 import subprocess
@@ -262,9 +263,7 @@ def _unreachable(error: BaseException) -> bool:
     return isinstance(error, httpx.TransportError | OfflineModeIsEnabled | LocalEntryNotFoundError)
 
 
-def _explained(
-    download: Callable[[], T], repo: str, revision: str, repo_type: RepoType, file: str | None
-) -> T:
+def _explained(download: Callable[[], T], repo: str, revision: str, repo_type: RepoType, file: str | None) -> T:
     import httpx
 
     try:
@@ -276,12 +275,13 @@ def _explained(
         raise explained from error
 
 
-def _hub_error(
-    error: Exception, repo: str, revision: str, repo_type: RepoType, file: str | None
-) -> UserError | None:
-    """What a failure of the hub means to the user; None for what is no matter of the hub (a full disk)."""
+def _hub_error(error: Exception, repo: str, revision: str, repo_type: RepoType, file: str | None) -> UserError | None:
+    """What a failure of the hub means to the user; None for what is no matter of the hub."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cause = f"No space left for {repo} in the hub cache {constants.HF_HUB_CACHE}"
+        return UserError(cause, "Free disk space or point HF_HOME to another disk, and run again")
     if isinstance(error, errors.HfHubHTTPError):
         return _hub_answer(error, repo, revision, repo_type, file)
     if isinstance(error, errors.HFValidationError):
@@ -297,36 +297,30 @@ def _hub_error(
     return None
 
 
-def _hub_answer(
-    error: "HfHubHTTPError", repo: str, revision: str, repo_type: RepoType, file: str | None
-) -> UserError:
+def _hub_answer(error: "HfHubHTTPError", repo: str, revision: str, repo_type: RepoType, file: str | None) -> UserError:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
     has_token = bool(hub_token())
     lacking = "the token in HF_TOKEN has no access to it" if has_token else "there is no token"
     setting = "" if has_token else ", make a token and set HF_TOKEN in the environment"
-    known = (
-        (errors.GatedRepoError, f"{repo} is gated, and {lacking}", f"Accept its terms at {page}{setting}"),
-        (
-            errors.RevisionNotFoundError,
-            f"{repo} has no revision {revision}",
-            f"Take a full commit from {page}/commits/main",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            f"The hub has no {repo_type} {repo} that you may see",
-            "Check `hub` in the config; for a private repository set HF_TOKEN in the environment",
-        ),
+    unseen = UserError(
+        f"The hub has no {repo_type} {repo} that you may see",
+        "Check `hub` in the config; for a private repository set HF_TOKEN in the environment",
     )
-    for kind, cause, remedy in known:
-        if isinstance(error, kind):
-            return UserError(cause, remedy)
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(f"{repo} is gated, and {lacking}", f"Accept its terms at {page}{setting}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return unseen
+    if isinstance(error, errors.RevisionNotFoundError):
+        remedy = f"Take a full commit from {page}/commits/main"
+        return UserError(f"{repo} has no revision {revision}", remedy)
     if isinstance(error, errors.RemoteEntryNotFoundError):
         remedy = _hub_names(repo, revision, repo_type, file)
         return UserError(f"{repo} holds no file {file} at {revision}", remedy)
     if error.response.status_code == 401:
-        return UserError(f"The hub refuses the token in HF_TOKEN for {repo}", "Set a valid one, or none")
+        refused = UserError(f"The hub refuses the token in HF_TOKEN for {repo}", "Set a valid one, or none")
+        return refused if has_token else unseen
     return UserError(f"The hub answered {error.response.status_code} for {repo}", _KEPT)
 
 

@@ -86,12 +86,11 @@ def verdict_counts(rows: Sequence[Row]) -> str:
     }
     counts = [f"{verdicts.count(verdict)} {name}" for verdict, name in names.items() if verdict in verdicts]
     cells = f"{len(verdicts)} comparison{'s' if len(verdicts) != 1 else ''} of throughput"
-    return f"{cells}: {words.listing(counts)}." if verdicts else ""
+    rule = " Two cells differ only where their intervals do not overlap." if {*verdicts} - {"unknown"} else ""
+    return f"{cells}: {words.listing(counts)}.{rule}" if verdicts else ""
 
 
-def _faster(
-    row: Row, base: Row, change: Comparison, rows: Sequence[Row], tallies: Sequence[TextTally]
-) -> str:
+def _faster(row: Row, base: Row, change: Comparison, rows: Sequence[Row], tallies: Sequence[TextTally]) -> str:
     cache = words.compare(row, base, "kv_cache_bytes")
     return (
         f"{_name(row)} decodes {change.words} tokens a second than the baseline"
@@ -111,7 +110,7 @@ def _none_faster(pairs: Sequence[tuple[Row, Row]]) -> str:
     if not verdicts:
         return "No throughput was measured beside a baseline’s."
     if verdicts == {"unknown"}:
-        return "One run a cell gives no interval, so no difference in speed can be told from noise."
+        return "Too few runs a cell: no difference in speed can be told from noise."
     return "No variant decodes clearly faster than its baseline."
 
 
@@ -152,11 +151,7 @@ def _quality(row: Row, tallies: Sequence[TextTally]) -> str:
 def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
     """Throughput, TTFT, cache and memory of every variant of a workload against its baseline."""
     cells = [row for row in rows if row["workload"] == workload]
-    pairs = [
-        (row, base)
-        for row in cells
-        if row["status"] == "ok" and (base := baseline_of(row, rows)) is not None
-    ]
+    pairs = [(row, base) for row in cells if row["status"] == "ok" and (base := baseline_of(row, rows)) is not None]
     findings = []
     columns = (words.throughput_column(cells[0]), "ttft_s", "kv_cache_bytes", "peak_generation_bytes")
     for column in columns:

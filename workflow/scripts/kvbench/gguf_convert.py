@@ -73,9 +73,7 @@ def _convert_weights(gguf: Path, folder: Path, fields: dict[str, Any]) -> None:
 
     with _no_weight_bars():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, DTYPE)
-            )
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, DTYPE))
         except (ValueError, KeyError, NotImplementedError) as error:
             cause = f"transformers cannot read {gguf.name}: {str(error).splitlines()[0]}"
             raise UserError(cause, "Use the model's safetensors checkpoint instead") from error
@@ -134,14 +132,10 @@ def _byte_level_bpe(fields: dict[str, Any], gguf: Path) -> "Tokenizer":
     digits = [pre_tokenizers.Digits(individual_digits=True)] if PRE_TOKENIZERS[pre] else []
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
-    whole = [
-        (token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)
-    ]
+    whole = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     bpe.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in whole])
     if fields.get("tokenizer.ggml.add_bos_token"):
         bos = fields["tokenizer.ggml.bos_token_id"]
         specials = [(tokens[bos], bos)]
-        bpe.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A", special_tokens=specials
-        )
+        bpe.post_processor = processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=specials)
     return bpe

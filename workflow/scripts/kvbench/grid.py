@@ -76,4 +76,8 @@ def plan(config: Config) -> dict[str, object]:
                 "new_tokens": workload.new_tokens,
             }
         )
-    return {"config": config.model_dump(mode="json"), "protocol": config.protocol.model_dump(), "cells": listed}
+    return {
+        "config": config.model_dump(mode="json"),
+        "protocol": config.protocol.model_dump(),
+        "cells": listed,
+    }

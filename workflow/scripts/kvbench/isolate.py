@@ -26,8 +26,8 @@ def isolated(work: Callable[[], None], died: Callable[[str], None]) -> None:
         os.waitpid(child, 0)
         os._exit(128 + number)
 
-    for number in _ASKED_TO_STOP:
-        signal.signal(number, stop)
+    for asked in _ASKED_TO_STOP:
+        signal.signal(asked, stop)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
@@ -47,7 +47,7 @@ def _finished(work: Callable[[], None]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         return 1
     finally:
         sys.stdout.flush()

@@ -6,6 +6,7 @@ its reason, and the run goes on.
 
 import argparse
 import json
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +103,13 @@ def prefill(job: Job, workload: Path) -> None:
         return run(ready.model, batch, ready.method, _effort(job))
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
-        record = {"status": status, "status_reason": reason, "repeats": [], **(result or {}), "provenance": facts}
+        record = {
+            "status": status,
+            "status_reason": reason,
+            "repeats": [],
+            **(result or {}),
+            "provenance": facts,
+        }
         files.write_json(job.output, record)
 
     _run(job, work, write)
@@ -161,12 +168,17 @@ def _run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., N
         facts = known | {"versions": versions()}
         with devices.exclusive() as device:
             facts |= devices.describe(device) | {"torch_device": str(device)}
+            begun = time.perf_counter()
             status, reason, result = _attempt(lambda: work(facts))
+            facts["work_s"] = time.perf_counter() - begun
         if reason is not None:
             print(f"{job.output}: {status}: {reason}", flush=True)
         write(status, reason, facts, result)
 
-    isolated(lambda: cli(child), died=lambda reason: write("failed", reason, known | {"versions": versions()}, None))
+    isolated(
+        lambda: cli(child),
+        died=lambda reason: write("failed", reason, known | {"versions": versions()}, None),
+    )
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[str, str | None, Any]:
@@ -197,10 +209,18 @@ def _ready(job: Job, facts: dict[str, Any]) -> Ready:
     from kvbench.sources import load_manifest
 
     manifest = load_manifest(job.manifest)
-    facts |= {"model_revision": manifest.revision, "model_files": {f["path"]: f["sha256"] for f in manifest.files}}
+    facts |= {
+        "model_revision": manifest.revision,
+        "model_files": {f["path"]: f["sha256"] for f in manifest.files},
+    }
     method = methods.build(job.variant["spec"])
     loaded = load_model(manifest, job.loading["dtype"], job.loading["attention"], torch.device(facts["torch_device"]))
-    facts |= {"load_s": loaded.load_s, "weights_bytes": loaded.weights_bytes, "dtype": str(loaded.model.dtype)}
+    facts |= {
+        "load_s": loaded.load_s,
+        "import_s": loaded.import_s,
+        "weights_bytes": loaded.weights_bytes,
+        "dtype": str(loaded.model.dtype),
+    }
     facts |= {"engine": "hf", "attention": loaded.model.config._attn_implementation}
     return Ready(loaded.model, manifest, method, facts)
 
@@ -213,8 +233,10 @@ def _batch(path: Path, facts: dict[str, Any]) -> Any:
 
     loaded = workload.load(path)
     facts |= {"workload": tables.provenance_of(path), "workload_sha256": files.sha256(path)}
-    ids, mask = (None if a is None else torch.from_numpy(a).to(facts["torch_device"]) for a in loaded.arrays())
-    return Batch(ids, mask, loaded.new_tokens, loaded.pad_token_id)
+    ids, mask = loaded.arrays()
+    device = facts["torch_device"]
+    on_device = None if mask is None else torch.from_numpy(mask).to(device)
+    return Batch(torch.from_numpy(ids).to(device), on_device, loaded.new_tokens, loaded.pad_token_id)
 
 
 def _effort(job: Job) -> Any:

@@ -54,9 +54,7 @@ def load_manifest(path: Path) -> Manifest:
             raw["tokenizer"] = path.parent / raw["tokenizer"]
         return Manifest(**raw)
     except (TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is no manifest of this version ({error})", "Delete it and run again"
-        ) from error
+        raise UserError(f"{path} is no manifest of this version ({error})", "Delete it and run again") from error
 
 
 def check_manifest_files(manifest: Manifest) -> None:

@@ -58,7 +58,11 @@ def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort) ->
         clock.mark()
         _, cache = prefill(model, batch.input_ids, method)
         clock.mark()
-        return {"ttft_s": clock.times()[1], "peak_prefill_bytes": memory.peak(), **_cache_record(model, batch, cache)}
+        return {
+            "ttft_s": clock.times()[1],
+            "peak_prefill_bytes": memory.peak(),
+            **_cache_record(model, batch, cache),
+        }
 
     warmup = _warm_up(run, "ttft_s", effort.max_warmup_runs)
     repeats = [run() for _ in _progress(effort.repeats, "prefill")]
@@ -177,7 +181,8 @@ def _check_count(record: Record, method: Dense, model: Any) -> None:
     sliding = getattr(model.config.get_text_config(), "sliding_window", None)
     if not method.compresses and not sliding and record["kv_cache_bytes"] != record["kv_cache_full_bytes"]:
         raise RuntimeError(
-            f"the dense cache takes {record['kv_cache_bytes']} bytes where its shapes say {record['kv_cache_full_bytes']}"
+            f"the dense cache takes {record['kv_cache_bytes']} bytes where its shapes say"
+            f" {record['kv_cache_full_bytes']}"
         )
 
 

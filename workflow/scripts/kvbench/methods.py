@@ -61,7 +61,10 @@ class Press(Dense):
                         raise Unsupported(f"{kind.__name__} {_ONE_ROW_ONLY[kind.__name__]}; use batch_size: 1")
         attention = model.config._attn_implementation
         if attention != "eager" and any(type(p).__name__ == "ObservedAttentionPress" for p in _nested(self.press)):
-            raise Unsupported(f"ObservedAttentionPress reads attention weights, which {attention} does not give; set the model's attention: eager")
+            raise Unsupported(
+                f"ObservedAttentionPress reads attention weights, which {attention} does not give; set the model's"
+                " attention: eager"
+            )
 
     def prefill(self, model: Any) -> AbstractContextManager[Any]:
         from kvpress import DecodingPress
@@ -93,7 +96,9 @@ class Press(Dense):
             with self.press(model):
                 yield
         except AssertionError as error:
-            raise Unsupported(f"{type(self.press).__name__} refuses this input: {error or 'assertion failed'}") from error
+            raise Unsupported(
+                f"{type(self.press).__name__} refuses this input: {error or 'assertion failed'}"
+            ) from error
 
 
 def build(spec: dict[str, Any]) -> Dense:

@@ -1,7 +1,6 @@
 """The bar figure: peak memory, KV cache, throughput and TTFT of every variant on one workload."""
 
 import json
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from kvbench import files, words  # noqa: E402
-from kvbench.errors import UserError  # noqa: E402
-from kvbench.results import (  # noqa: E402
+from kvbench import files, words
+from kvbench.errors import UserError
+from kvbench.results import (
     FAINT,
     INK,
     MUTED,
@@ -30,9 +29,9 @@ from kvbench.results import (  # noqa: E402
     read_rows,
     unique,
 )
-from kvbench.words import Row  # noqa: E402
+from kvbench.words import Row
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kvbench",
     "font.family": "sans-serif",
@@ -75,9 +74,7 @@ def draw(stats: str | Path, workload: str, provenance: str, svg: str | Path, png
         with files.atomic(svg) as path:
             figure.savefig(path, format="svg", metadata={"Date": None, "Description": about})
         with files.atomic(png) as path:
-            figure.savefig(
-                path, format="png", dpi=160, metadata={"Software": None, "Description": about}
-            )
+            figure.savefig(path, format="png", dpi=160, metadata={"Software": None, "Description": about})
         plt.close(figure)
 
 
@@ -109,7 +106,7 @@ def bars(rows: Sequence[Row], workload: str) -> Figure:
             )
         )
         _frame(axes, lines, named=index == 0)
-        _panel(axes, panel, lines, palette, width)
+        _panel(axes, panel, lines, palette)
     _gaps(figure, lines, left, bottom, top)
     return figure
 
@@ -129,20 +126,19 @@ def _lines(rows: Sequence[Row], workload: str) -> list[Line]:
     return lines
 
 
-def _page(
-    lines: Sequence[Line], cells: Sequence[Row], rows: Sequence[Row]
-) -> tuple[Figure, float, float, list[str]]:
+def _page(lines: Sequence[Line], cells: Sequence[Row], rows: Sequence[Row]) -> tuple[Figure, float, float, list[str]]:
     """The empty page with its titles and notes: figure, left margin and top margin (inches), notes."""
     first = cells[0]
     several = len(unique(row["model"] for row in cells)) > 1
     facts = [listing for listing in _facts(cells) if listing]
-    subtitle = textwrap.wrap(" · ".join(facts), 175)
-    notes = [part for note in _notes(cells, lines) for part in textwrap.wrap(note, 220)]
+    figure = plt.figure(figsize=(WIDTH, 1), facecolor=PAPER)
+    figure.patch.set_gid("paper")
+    subtitle = _wrap(figure, " · ".join(facts), fontsize=9)
+    notes = [part for note in _notes(cells, lines) for part in _wrap(figure, note, fontsize=8)]
     pitch = 0.33 if len(lines) <= 14 else 0.25
     top = 0.36 + 0.19 * len(subtitle) + 0.42
     height = top + pitch * len(lines) + 0.14 + 0.17 * len(notes)
-    figure = plt.figure(figsize=(WIDTH, height), facecolor=PAPER)
-    figure.patch.set_gid("paper")
+    figure.set_size_inches(WIDTH, height)
 
     def write(text: str, inches_from_top: float, **style: Any) -> None:
         figure.text(MARGIN / WIDTH, 1 - inches_from_top / height, text, va="top", **style)
@@ -201,6 +197,18 @@ def _width(figure: Figure, text: str, **style: Any) -> float:
     return float(ink.get_window_extent(renderer).width / figure.dpi)
 
 
+def _wrap(figure: Figure, text: str, **style: Any) -> list[str]:
+    """Lines of ``text`` that fit the page's width."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _width(figure, longer, **style) <= WIDTH - 2 * MARGIN:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
 def _frame(axes: Axes, lines: Sequence[Line], named: bool) -> None:
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_facecolor("none")
@@ -227,45 +235,47 @@ def _outlined(row: Row) -> bool:
     return live is not None and allocated is not None and allocated > live
 
 
-def _panel(
-    axes: Axes, panel: words.Quantity, lines: Sequence[Line], palette: dict[str, str], width: float
-) -> None:
+@dataclass(frozen=True)
+class Panel:
+    """One quantity's axes, and how values are drawn there: their divisor to the shown unit, their colours."""
+
+    axes: Axes
+    quantity: words.Quantity
+    divisor: float
+    palette: dict[str, str]
+
+
+def _panel(axes: Axes, quantity: words.Quantity, lines: Sequence[Line], palette: dict[str, str]) -> None:
     """Bars, whiskers and labels of one quantity, on an axis that leaves room for every label."""
-    measured = [(y, line) for y, line in enumerate(lines) if line.row and line.row["status"] == "ok"]
-    values = {y: line.row[panel.column] for y, line in measured if line.row.get(panel.column) is not None}
-    divisor, unit = words.scale(panel.kind, values.values())
-    unit_of = device([line.row for line in lines if line.row])
-    better = f", {panel.better} is better" if panel.better else ""
-    axes.set_title(panel.name(unit_of), loc="left", fontsize=10, fontweight="bold", pad=17)
+    rows = {y: line.row for y, line in enumerate(lines) if line.row and line.row["status"] == "ok"}
+    values = {y: row[quantity.column] for y, row in rows.items() if row.get(quantity.column) is not None}
+    divisor, unit = words.scale(quantity.kind, values.values())
+    panel = Panel(axes, quantity, divisor, palette)
+    name = quantity.name(device([line.row for line in lines if line.row]))
+    better = f", {quantity.better} is better" if quantity.better else ""
+    axes.set_title(name, loc="left", fontsize=10, fontweight="bold", pad=17)
     axes.text(0, 1, f"{unit}{better}", transform=axes.transAxes, va="bottom", color=MUTED, fontsize=8)
-    largest = max(values.values(), default=0.0)
-    ends, labels = {}, {}
-    for y, line in measured:
-        if y not in values:
-            labels[y] = ("not measured", "")
-            ends[y] = 0.0
-            continue
-        ends[y] = _bar(axes, panel, line, y, divisor, palette)
-        labels[y] = (words.number(values[y] / divisor, words.digits(panel.kind), largest / divisor), _change(line, panel))
-    _fit(axes, ends, labels, width)
-    _references(axes, panel, lines, divisor)
+    largest = max(values.values(), default=0.0) / divisor
+    ends, labels = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, ("not measured", ""))
+    for y, value in values.items():
+        ends[y] = _bar(panel, rows[y], y)
+        text = words.number(value / divisor, words.digits(quantity.kind), largest)
+        labels[y] = (text, _change(lines[y], quantity))
+    _fit(axes, ends, labels)
+    _references(panel, lines)
 
 
-def _bar(
-    axes: Axes, panel: words.Quantity, line: Line, y: int, divisor: float, palette: dict[str, str]
-) -> float:
+def _bar(panel: Panel, row: Row, y: int) -> float:
     """Draw one bar with its whisker and outline; returns where its ink ends, in the panel's unit."""
-    row = line.row
-    assert row is not None
-    value = row[panel.column] / divisor
-    end = value
+    axes, column, divisor = panel.axes, panel.quantity.column, panel.divisor
+    colour = panel.palette[row["method"]]
+    value = end = row[column] / divisor
     hatch = "////" if row.get("simulated") else None
-    axes.barh(y, value, BAR, color=palette[row["method"]], edgecolor=PAPER, linewidth=0, hatch=hatch)
-    if panel.column == "kv_cache_bytes" and _outlined(row):
+    axes.barh(y, value, BAR, color=colour, edgecolor=PAPER, linewidth=0, hatch=hatch)
+    if column == "kv_cache_bytes" and _outlined(row):
         end = row["kv_cache_allocated_bytes"] / divisor
-        outline = {"fill": False, "edgecolor": palette[row["method"]], "linewidth": 0.9, "hatch": "xxxx"}
-        axes.barh(y, end - value, BAR, left=value, **outline)
-    low, high = row.get(f"{panel.column}_low"), row.get(f"{panel.column}_high")
+        axes.barh(y, end - value, BAR, left=value, fill=False, edgecolor=colour, linewidth=0.9, hatch="xxxx")
+    low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
     if low is not None and high is not None and high > low:
         axes.plot([low / divisor, high / divisor], [y, y], color=INK, linewidth=1.1, solid_capstyle="butt")
         for x in (low, high):
@@ -274,19 +284,20 @@ def _bar(
     return float(end)
 
 
-def _change(line: Line, panel: words.Quantity) -> str:
+def _change(line: Line, quantity: words.Quantity) -> str:
     if line.row is None:
         return ""
-    change = words.compare(line.row, line.base, panel.column)
+    change = words.compare(line.row, line.base, quantity.column)
     if change is None or not change.words:
         return ""
     return change.words if change.clear else f"({change.words})"
 
 
-def _fit(axes: Axes, ends: dict[int, float], labels: dict[int, tuple[str, str]], width: float) -> None:
+def _fit(axes: Axes, ends: dict[int, float], labels: dict[int, tuple[str, str]]) -> None:
     """Set the x-axis so that each label fits right of its bar, and write the labels."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
+    width = axes.get_position().width * WIDTH
     pad, space = 0.06, 0.07
     halo = {"facecolor": PAPER, "linewidth": 0, "pad": 0.8}
     value_width = {y: _width(figure, value, fontweight="bold") for y, (value, _) in labels.items()}
@@ -305,15 +316,17 @@ def _fit(axes: Axes, ends: dict[int, float], labels: dict[int, tuple[str, str]],
             axes.text(x, y, change, va="center_baseline", color=MUTED, fontsize=8, bbox=halo)
 
 
-def _references(axes: Axes, panel: words.Quantity, lines: Sequence[Line], divisor: float) -> None:
+def _references(panel: Panel, lines: Sequence[Line]) -> None:
     """A dashed line at each baseline's value, along the rows that are compared with it."""
+    column = panel.quantity.column
     spans: dict[float, list[int]] = {}
     for y, line in enumerate(lines):
-        if line.row and line.row["status"] == "ok" and line.base and line.base.get(panel.column):
-            spans.setdefault(line.base[panel.column] / divisor, []).append(y)
+        if line.row and line.row["status"] == "ok" and line.base and line.base.get(column):
+            spans.setdefault(line.base[column] / panel.divisor, []).append(y)
+    style: dict[str, Any] = {"color": MUTED, "linewidth": 0.8, "linestyle": (0, (3, 3)), "zorder": 0.5}
     for x, ys in spans.items():
         for first, last in _runs(ys):
-            axes.plot([x, x], [first - 0.5, last + 0.5], color=MUTED, lw=0.8, ls=(0, (3, 3)), zorder=0.5)
+            panel.axes.plot([x, x], [first - 0.5, last + 0.5], **style)
 
 
 def _gaps(figure: Figure, lines: Sequence[Line], left: float, bottom: float, top: float) -> None:

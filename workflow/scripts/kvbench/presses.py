@@ -17,7 +17,7 @@ from typing import Any
 from kvbench.errors import UserError
 
 _SCALARS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "bool": (bool,), "str": (str,)}
-_ABSTRACT = {"BasePress", "ScorerPress"}
+ABSTRACT = {"BasePress", "ScorerPress"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def check(spec: dict[str, Any], where: str) -> list[str]:
     """
     known = catalogue()
     name = spec.get("press")
-    if not isinstance(name, str) or name not in known or name in _ABSTRACT:
-        return [f"{where}.press: kvpress has no press {name!r}{nearest(str(name), known.keys() - _ABSTRACT)}"]
+    if not isinstance(name, str) or name not in known or name in ABSTRACT:
+        return [f"{where}.press: kvpress has no press {name!r}{nearest(str(name), known.keys() - ABSTRACT)}"]
     press, given = known[name], spec.get("args") or {}
     if not isinstance(given, dict):
         return [f"{where}.args: {given!r} is no mapping of argument names to values"]
@@ -137,9 +137,7 @@ def _arguments(press: Press, classes: dict[str, Press]) -> dict[str, Argument]:
 
 
 def _is_a(name: str, ancestor: str, classes: dict[str, Press]) -> bool:
-    return name == ancestor or (
-        name in classes and any(_is_a(base, ancestor, classes) for base in classes[name].bases)
-    )
+    return name == ancestor or (name in classes and any(_is_a(base, ancestor, classes) for base in classes[name].bases))
 
 
 def _check_value(value: Any, annotation: ast.expr, where: str, name: str) -> list[str]:

@@ -16,7 +16,6 @@ import io
 import json
 import os
 import tempfile
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,19 +24,23 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kvbench.conversations import MISSING, Batch, Conversations
 from kvbench.errors import UserError
 from kvbench.files import atomic, write_json
-from kvbench.sharegpt import SHAPE, Message, Number, Problem, Records, read_messages
+from kvbench.sharegpt import SHAPE, Number, Problem
 from kvbench.sources import check_manifest_files, load_manifest
 
 Selection = Literal["article", "human_first"]
 
 HUMAN_ROLES = frozenset({"human", "user"})
 OTHER_ROLES = frozenset({"system", "tool", "function", "developer"})
+TWO_MESSAGES = "at least 2 messages"
+HUMAN_FIRST = "a human first, an assistant second"
 EXAMPLES_PER_KIND = 5
-ROWS_PER_GROUP = 4096
+ROWS_PER_GROUP = 2048
 
 SCHEMA = pa.schema(
     [
@@ -77,10 +80,6 @@ class Counts:
     malformed: Counter[str] = field(default_factory=Counter)
     malformed_examples: list[dict[str, Any]] = field(default_factory=list)
 
-    def step(self, name: str, kept: int) -> None:
-        """Record that ``kept`` conversations passed the step ``name``."""
-        self.steps.append({"step": name, "kept": kept})
-
     def note(self, problem: Problem, index: int, conversation_id: str | None) -> None:
         """Count a malformed record, and keep it as an example if its kind has few."""
         self.malformed[problem.kind] += 1
@@ -91,7 +90,7 @@ class Counts:
 
 
 class Candidates:
-    """Texts spooled to an unnamed file, and numbers about them in one array: no text stays in memory."""
+    """Texts spooled to an unnamed file, and what is known about them in memory: no text stays there."""
 
     NUMBERS = ("source_index", "prompt_chars", "completion_chars", "turns", "conversation_chars")
     SPANS = ("start", "prompt_bytes", "completion_bytes")
@@ -99,36 +98,46 @@ class Candidates:
     def __init__(self, spool: IO[bytes]) -> None:
         self.spool = spool
         self.ids: list[str | None] = []
-        self.roles: list[str | None] = []
-        self._numbers = array("q")
+        self._known: list[pa.Table] = []
         self._end = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, source_index: int, conversation_id: str | None, messages: list[Message]) -> None:
-        """Take a conversation of two readable messages or more."""
-        chars = [len(text) for _, text in messages]
-        prompt, completion = messages[0].text.encode(), messages[1].text.encode()
-        numbers = source_index, chars[0], chars[1], len(chars), sum(chars), self._end, len(prompt), len(completion)
-        self._numbers.extend(numbers)
-        self._end += self.spool.write(prompt) + self.spool.write(completion)
-        self.ids.append(conversation_id)
-        self.roles.append(messages[0].role)
+    def add(self, batch: Batch, rows: np.ndarray) -> None:
+        """Take the conversations of the batch at the positions ``rows``: of two readable messages or more."""
+        columns = batch.columns.take(rows)
+        prompts, completions = columns["prompt"].combine_chunks(), columns["completion"].combine_chunks()
+        both = pc.binary_join_element_wise(prompts, completions, "")
+        _, offsets, data = both.buffers()
+        starts = np.frombuffer(offsets, dtype=np.int32)[: len(both)].astype(np.int64) + self._end
+        if data is not None:
+            self._end += self.spool.write(data)
+        lengths = (pc.binary_length(texts).cast(pa.int64()) for texts in (prompts, completions))
+        self._known.append(
+            columns.drop_columns(["prompt", "completion"])
+            .append_column("source_index", pa.array(batch.source_index[rows]))
+            .append_column("start", pa.array(starts))
+            .append_column("prompt_bytes", next(lengths))
+            .append_column("completion_bytes", next(lengths))
+        )
+        self.ids.extend(_text_of_id(batch.ids[row]) for row in rows.tolist())
 
     def tables(self, order: np.ndarray) -> Iterator[pa.Table]:
         """The candidates at the positions ``order`` as tables of `SCHEMA`, a row group each."""
         self.spool.flush()
-        names = (*self.NUMBERS, *self.SPANS)
-        numbers = np.frombuffer(self._numbers, dtype=np.int64).reshape(-1, len(names))
+        known = pa.concat_tables(self._known).combine_chunks()
         for first in range(0, len(order), ROWS_PER_GROUP):
             rows = order[first : first + ROWS_PER_GROUP]
-            columns: dict[str, Any] = dict(zip(names, numbers[rows].T, strict=True))
-            columns["rank"] = np.arange(first, first + len(rows))
-            columns["conversation_id"] = [self.ids[row] for row in rows]
-            columns["first_role"] = [self.roles[row] for row in rows]
-            columns["prompt"], columns["completion"] = self._texts(*(columns[name] for name in self.SPANS))
-            yield pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+            part = known.take(rows)
+            prompts, completions = self._texts(*(part[name].to_numpy() for name in self.SPANS))
+            columns = {name: part[name] for name in (*self.NUMBERS, "first_role")} | {
+                "rank": np.arange(first, first + len(rows)),
+                "conversation_id": [self.ids[row] for row in rows.tolist()],
+                "prompt": prompts,
+                "completion": completions,
+            }
+            yield pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
 
     def _texts(
         self, starts: np.ndarray, prompt_bytes: np.ndarray, completion_bytes: np.ndarray
@@ -186,9 +195,8 @@ def select(path: Path, output: Path, rules: Rules, metadata: dict[str, Any]) -> 
         counts, candidates = Counts(), Candidates(spool)
         ids, drawn, found = _scan(path, rules, counts, candidates)
         _refuse_too_many_malformed(path, counts, rules.max_malformed_share)
-        places = draw_order(ids, np.frombuffer(drawn, dtype=np.bool_), rules.seed, path)
-        candidate_of = np.frombuffer(found, dtype=np.int64)[places]
-        order = candidate_of[candidate_of >= 0]
+        order = found[draw_order(ids, drawn, rules.seed, path)]
+        order = order[order >= 0]
         if not len(order):
             raise _no_prompts(path, counts)
         with atomic(output) as temporary:
@@ -196,77 +204,91 @@ def select(path: Path, output: Path, rules: Rules, metadata: dict[str, Any]) -> 
     return counts
 
 
-def _scan(
-    path: Path, rules: Rules, counts: Counts, candidates: Candidates
-) -> tuple[list[str], bytearray, "array[int]"]:
-    """Read every record once.
+def _scan(path: Path, rules: Rules, counts: Counts, candidates: Candidates) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """Read the file once.
 
     Returns
     -------
-    ids : of every record that is an object, one JSON object each that holds its id alone.
-    drawn : for each, 1 if it takes part in the shuffle.
+    ids : of every record that is an object.
+    drawn : bool, whether each takes part in the shuffle.
     found : for each, its number among the candidates, or -1.
     """
-    ids: list[str] = []
-    drawn, found = bytearray(), array("q")
-    two_messages = readable = human_first = 0
-    records = Records(path)
-    for index, record in enumerate(records):
-        counts.conversations_read += 1
-        messages, problem = read_messages(record)
-        if problem:
-            counts.note(problem, index, _conversation_id(record))
-        if not isinstance(record, dict):
-            continue
-        long_enough = isinstance(record.get("conversations"), list) and len(record["conversations"]) >= 2
-        answered = _is_question_and_answer(messages)
+    ids: list[Any] = []
+    drawn, found = [], []
+    passed: Counter[str] = Counter()
+    conversations = Conversations(path)
+    for batch in conversations:
+        for problem, index, identity in batch.problems:
+            counts.note(problem, index, _text_of_id(identity))
+        steps = _steps(batch.columns, rules)
+        passed.update({step: int(mask.sum()) for step, mask in steps.items()})
         # A malformed record keeps its place in the article's shuffle, so that it moves no other.
-        takes_part = long_enough if rules.selection == "article" else answered
-        kept = takes_part and _are_long(messages, rules.min_chars)
-        ids.append(_id_object(record))
-        drawn.append(takes_part)
-        found.append(len(candidates) if kept else -1)
-        if kept:
-            candidates.add(index, _conversation_id(record), messages)
-        two_messages += long_enough
-        readable += len(messages) >= 2
-        human_first += answered
-    counts.truncated, counts.bytes_left_out = records.truncated, records.bytes_left_out
-    counts.step("read", counts.conversations_read)
-    counts.step("at least 2 messages", two_messages)
-    counts.step("first 2 messages readable", readable)
+        drawn.append(steps[TWO_MESSAGES if rules.selection == "article" else HUMAN_FIRST])
+        (rows,) = np.nonzero(list(steps.values())[-1])
+        places = np.full(len(batch.ids), -1)
+        places[rows] = np.arange(len(candidates), len(candidates) + len(rows))
+        found.append(places)
+        ids.extend(batch.ids)
+        candidates.add(batch, rows)
+    counts.conversations_read = conversations.read
+    counts.truncated, counts.bytes_left_out = conversations.truncated, conversations.bytes_left_out
+    counts.steps = [{"step": "read", "kept": conversations.read}]
+    counts.steps += [{"step": step, "kept": kept} for step, kept in passed.items()]
+    return ids, np.concatenate(drawn), np.concatenate(found)
+
+
+def _steps(columns: pa.Table, rules: Rules) -> dict[str, np.ndarray]:
+    """For each step in order, which records pass it and all before it."""
+
+    def holds(condition: pa.ChunkedArray) -> np.ndarray:
+        return condition.fill_null(False).to_numpy().astype(bool)
+
+    steps = {TWO_MESSAGES: holds(pc.greater_equal(columns["messages"], 2))}
+    passed = steps["first 2 messages readable"] = holds(pc.greater_equal(columns["turns"], 2))
     if rules.selection == "human_first":
-        counts.step("a human first, an assistant second", human_first)
-    counts.step(f"prompt and completion of at least {rules.min_chars} characters", len(candidates))
-    return ids, drawn, found
+        asked = pc.is_in(columns["first_role"], pa.array(sorted(HUMAN_ROLES)))
+        other = pc.is_in(columns["second_role"], pa.array(sorted(HUMAN_ROLES | OTHER_ROLES)))
+        answered = pc.and_(pc.is_valid(columns["second_role"]), pc.invert(other))
+        passed = steps[HUMAN_FIRST] = passed & holds(asked) & holds(answered)
+    shorter = pc.min_element_wise(columns["prompt_chars"], columns["completion_chars"])
+    name = f"prompt and completion of at least {rules.min_chars} characters"
+    steps[name] = passed & holds(pc.greater_equal(shorter, rules.min_chars))
+    return steps
 
 
-def draw_order(ids: list[str], drawn: np.ndarray, seed: int, path: Path) -> np.ndarray:
-    """Positions of the records drawn, sorted by id and shuffled, as pandas orders them.
+def draw_order(ids: list[Any], drawn: np.ndarray, seed: int, path: Path) -> np.ndarray:
+    """Positions of the records drawn, sorted by id and shuffled, as pandas 2 orders them.
 
-    pandas sorts an object column with an unstable algorithm and types the ids when it reads them, so the order
-    among equal ids follows from its own calls on the same column, and from nothing else. Only ids go through it.
+    pandas sorts an object column with an unstable algorithm, so the order among equal ids follows from that
+    algorithm on the same column, and from nothing else. Text ids stay an object column, which pandas sorts with
+    NumPy's quicksort and samples with a permutation of NumPy's: so they need no pandas. It turns other ids, and
+    text that spells numbers, into other types: those go through pandas itself, which gets nothing but ids.
 
     Parameters
     ----------
-    ids : a JSON object for each record, with its id alone or empty.
+    ids : as `Batch` has them.
     drawn : bool, of the same length.
 
     Raises
     ------
     UserError : pandas cannot read or compare the ids.
     """
+    (places,) = np.nonzero(drawn)
+    if all(type(identity) is str for identity in ids) and not all(map(_spells_number, ids)):
+        column = np.empty(len(ids), dtype=object)
+        column[:] = ids
+        places = places[column[places].argsort(kind="quicksort")]
+        return places[np.random.RandomState(seed).choice(len(places), size=len(places), replace=False)]
     import pandas as pd
 
     try:
-        frame = pd.read_json(io.StringIO(f"[{','.join(ids)}]"))
+        frame = pd.read_json(io.StringIO(f"[{','.join(map(_id_object, ids))}]"))
         frame.index = pd.RangeIndex(len(ids))
         frame = frame.reindex(columns=["id"])[drawn]
         return frame.sort_values(by="id").sample(frac=1, random_state=seed).index.to_numpy()
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"The ids in {path} cannot be sorted: {error}",
-            "Make them all text, or all integers below 2^64",
+            f"The ids in {path} cannot be sorted: {error}", "Make them all text, or all integers below 2^63"
         ) from error
 
 
@@ -288,25 +310,24 @@ def _string_array(texts: Sequence[bytes], lengths: np.ndarray) -> pa.LargeString
     return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
 
 
-def _are_long(messages: list[Message], min_chars: int) -> bool:
-    return len(messages) >= 2 and len(messages[0].text) >= min_chars and len(messages[1].text) >= min_chars
-
-
-def _is_question_and_answer(messages: list[Message]) -> bool:
-    if len(messages) < 2 or messages[0].role not in HUMAN_ROLES:
+def _spells_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
         return False
-    return messages[1].role is not None and messages[1].role not in HUMAN_ROLES | OTHER_ROLES
+    return True
 
 
-def _id_object(record: dict[str, Any]) -> str:
-    """The record's id alone as a JSON object, in the file's own spelling where that can matter."""
-    return f'{{"id":{_spelled(record["id"])}}}' if "id" in record else "{}"
+def _id_object(identity: Any) -> str:
+    """The id alone as a JSON object, in the file's own spelling where that can matter."""
+    return "{}" if identity is MISSING else f'{{"id":{_spelled(identity)}}}'
 
 
-def _conversation_id(record: Any) -> str | None:
-    """A record's id as text: itself, or as JSON spells it; None where there is none."""
-    identity = record.get("id") if isinstance(record, dict) else None
-    return identity if identity is None or isinstance(identity, str) else _spelled(identity)
+def _text_of_id(identity: Any) -> str | None:
+    """An id as text: itself, or as JSON spells it; None where there is none."""
+    if identity is MISSING or identity is None or isinstance(identity, str):
+        return identity if isinstance(identity, str) else None
+    return _spelled(identity)
 
 
 def _spelled(value: Any) -> str:

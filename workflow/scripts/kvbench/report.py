@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvbench import files, findings, svg, texts, words
+from kvbench import files, findings, svg, tables, texts, words
+from kvbench.manifest import load_manifest
 from kvbench.results import (
     CELL_COLUMNS,
     FAINT,
@@ -21,8 +22,8 @@ from kvbench.results import (
     PAPER,
     baseline_of,
     colours,
+    device,
     is_baseline,
-    label,
     read_rows,
     unique,
 )
@@ -33,22 +34,29 @@ TEMPLATES = Path(__file__).parent / DATA[0]
 
 INKS = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 
+VERSIONS = ("torch", "transformers", "kvpress")
+# Shown in places of their own, or too long to be read.
+ELSEWHERE = {"script", "variant", "protocol", "loading", "workload", "model_files", "model_revision"}
+
 # Left to the CSV: the uncompressed size is in the compression factor, allocated bytes where they differ.
 TABLE_COLUMNS = [column for column in words.QUANTITIES if column != "kv_cache_full_bytes"]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Paths of what the report shows, and the run's config and provenance."""
+    """Paths of what the report shows, and what the report itself was made by.
+
+    The counts and the dataset's manifest are None when no model reads prompts.
+    """
 
     stats: str
     measurements: str
     outputs: Sequence[str]
-    prompts_counts: str
+    prompts_counts: str | None
+    dataset_manifest: str | None
     model_manifests: Sequence[str]
-    dataset_manifest: str
     plots: Sequence[str]
-    config: dict[str, Any]
+    plan: str
     provenance: dict[str, Any]
 
 
@@ -65,7 +73,7 @@ def write(inputs: Inputs, output: str | Path) -> None:
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page: template, style and script in one file, all text escaped, only our own script allowed to run."""
+    """The page: template, style and script in one file, all text escaped, no script but ours allowed."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -89,21 +97,22 @@ def context(inputs: Inputs) -> dict[str, Any]:
     rows = read_rows(inputs.stats)
     repeats = read_rows(inputs.measurements, CELL_COLUMNS[:4])
     outputs = [row for path in inputs.outputs for row in read_rows(path, OUTPUT_COLUMNS)]
-    models = [files.read_json(path) for path in inputs.model_manifests]
-    collected = texts.collect(outputs, rows, {model["name"]: _tokenizer(model) for model in models})
+    config = files.read_json(inputs.plan)["config"]
+    models = [load_manifest(Path(path)) for path in inputs.model_manifests]
+    tokenizers = {model.name: str(model.tokenizer) for model in models if model.tokenizer is not None}
+    collected = texts.collect(outputs, rows, tokenizers)
     names = unique(row["workload"] for row in rows)
+    made_by = _made_by(inputs)
     return {
         "headline": findings.headline(rows, collected.tallies),
         "verdicts": findings.verdict_counts(rows),
         "models": models,
-        "dataset": files.read_json(inputs.dataset_manifest),
-        "counts": files.read_json(inputs.prompts_counts),
-        "facts": _facts(rows, inputs),
-        "workloads": [
-            _workload(rows, index, name, repeats, inputs.plots) for index, name in enumerate(names)
-        ],
+        "dataset": load_manifest(Path(inputs.dataset_manifest)) if inputs.dataset_manifest else None,
+        "counts": files.read_json(inputs.prompts_counts) if inputs.prompts_counts else None,
+        "facts": _facts(rows, made_by),
+        "workloads": [_workload(rows, index, name, repeats, inputs.plots) for index, name in enumerate(names)],
         "texts": collected,
-        "missing": findings.missing(rows, str(inputs.config.get("results", "results"))),
+        "missing": findings.missing(rows, str(config.get("results", "results"))),
         "cells": len(rows),
         "intervals": [
             (count, words.interval_words(count), words.by_chance(count, count))
@@ -111,26 +120,41 @@ def context(inputs: Inputs) -> dict[str, Any]:
         ],
         "protocols": unique(row["protocol"] for row in rows),
         "cpu": any(words.is_cpu(row["device"]) for row in rows),
-        "dtypes": {name: (model or {}).get("dtype") for name, model in inputs.config.get("models", {}).items()},
-        "config": inputs.config,
-        "provenance": flatten(inputs.provenance),
+        "dtypes": {
+            model.name: ", ".join(unique(row.get("dtype") for row in repeats if row["model"] == model.name))
+            for model in models
+        },
+        "config": config,
+        "provenance": made_by,
     }
 
 
-def _facts(rows: Sequence[Row], inputs: Inputs) -> list[tuple[str, str]]:
+def _made_by(inputs: Inputs) -> list[tuple[str, str]]:
+    """Code, versions and devices as the run's files record them; what differs between files is listed."""
+    found: dict[str, dict[str, None]] = {}
+    sources = [inputs.stats, inputs.measurements, *inputs.outputs]
+    for record in [inputs.provenance, *(tables.provenance_of(path) for path in sources)]:
+        script = str(record.get("script", ""))
+        for name, value in flatten({key: record[key] for key in record if key not in ELSEWHERE}):
+            found.setdefault(f"{name} of {script}" if name == "code" and script else name, {})[value] = None
+    return [(name, ", ".join(values)) for name, values in sorted(found.items())]
+
+
+def _facts(rows: Sequence[Row], made_by: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """The setting of the run in pairs for the page's head."""
 
     def all_of(column: str) -> str:
         return ", ".join(str(value) for value in unique(row.get(column) for row in rows))
 
+    known = {name.removeprefix("versions."): value for name, value in made_by}
     found = [
         ("Models", all_of("model")),
         ("Device", all_of("device")),
         ("Engine", all_of("engine")),
         ("Attention kernel", all_of("attention")),
         ("Protocol", all_of("protocol")),
-        ("Repeats", all_of("repeats")),
-        ("Code", str(inputs.provenance.get("code", ""))),
+        ("Repeats", ", ".join(str(n) for n in unique(row["repeats"] for row in rows if row["repeats"]))),
+        ("Versions", ", ".join(f"{name} {known[name]}" for name in VERSIONS if name in known)),
     ]
     return [(name, value) for name, value in found if value]
 
@@ -140,12 +164,14 @@ def _workload(
 ) -> dict[str, Any]:
     cells = [row for row in rows if row["workload"] == name]
     figure = next((path for path in plots if Path(path).stem == f"bars-{name}"), None)
-    columns = [column for column in TABLE_COLUMNS if _worth_showing(column, cells)]
+    main = words.throughput_column(cells[0])
+    columns = [column for column in sorted(TABLE_COLUMNS, key=main.__ne__) if _worth_showing(column, cells)]
     palette = colours(rows)
     dots, span = _strips(cells, repeats)
     return {
         "name": name,
         "span": span,
+        "cold": cells[0]["protocol"] == "article",
         "words": words.workload_words(cells[0]),
         "figure": Markup(svg.inline(figure, f"figure-{index}", INKS)) if figure else None,
         "findings": findings.workload_findings(rows, name),
@@ -153,7 +179,7 @@ def _workload(
         "rows": [
             {
                 "dots": dots[index],
-                "label": label(row, rows),
+                "label": row["variant"],
                 "colour": palette[row["method"]],
                 "baseline": is_baseline(row, rows),
                 "simulated": bool(row.get("simulated")),
@@ -166,7 +192,7 @@ def _workload(
             for index, row in enumerate(cells)
         ],
         "unmeasured": [
-            words.QUANTITIES[column].name(cells[0]["device"])
+            words.QUANTITIES[column].name(device(cells))
             for column in TABLE_COLUMNS
             if all(row.get(column) is None for row in cells) and not column.startswith("article")
         ],
@@ -183,9 +209,8 @@ def _heading(column: str, cells: Sequence[Row]) -> dict[str, str]:
     measured = words.QUANTITIES[column]
     _, unit = words.scale(measured.kind, [row.get(column) for row in cells])
     return {
-        "title": measured.name(str(cells[0]["device"])),
+        "title": measured.name(device(cells)),
         "unit": unit,
-        "better": f"{measured.better} is better" if measured.better else "",
     }
 
 
@@ -203,13 +228,12 @@ def _cell(row: Row, base: Row | None, column: str, cells: Sequence[Row]) -> dict
         return words.number(number / divisor, words.digits(measured.kind), largest)
 
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
-    ranged = low is not None and high is not None and low != high
     change = words.compare(row, base, column) if measured.better else None
     good = change.good(measured.better) if change else None
     return {
         "value": written(value),
         "sort": repr(value),
-        "interval": f"{written(low)} to {written(high)}" if ranged else "",
+        "interval": "" if low is None or high is None or low == high else f"{written(low)} to {written(high)}",
         "exact": f"{value:,.0f} bytes" if measured.kind == "bytes" else repr(value),
         "change": "" if change is None else change.words if change.clear else f"({change.words})",
         "judged": "" if good is None else "better" if good else "worse",
@@ -232,18 +256,8 @@ def _strips(cells: Sequence[Row], repeats: Sequence[Row]) -> tuple[list[list[tup
     if not every:
         return [[] for _ in cells], ""
     low, high = min(every), max(every)
-    dots = [
-        [(100 * (value - low) / ((high - low) or 1), words.number(value)) for value in values]
-        for values in found
-    ]
+    dots = [[(100 * (value - low) / ((high - low) or 1), words.number(value)) for value in values] for values in found]
     return dots, f"{words.number(low)} to {words.number(high)} tok/s"
-
-
-def _tokenizer(model: Mapping[str, Any]) -> str:
-    """What identifies a tokenizer: its file's hash, else its folder, else the model that it lies beside."""
-    hashes = [file["sha256"] for file in model.get("files", []) if file["path"].endswith("tokenizer.json")]
-    folder = model.get("tokenizer")
-    return hashes[0] if hashes else folder if folder and folder != "." else str(model["name"])
 
 
 def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:

@@ -11,10 +11,20 @@ from pyarrow import ArrowException
 from kvbench.errors import UserError
 from kvbench.words import Row
 
-CELL_COLUMNS = (
-    "model method variant workload batch_size prompt_tokens new_tokens engine protocol device status".split()
-)
-OUTPUT_COLUMNS = "model method status rank prompt text".split()
+CELL_COLUMNS = [
+    "model",
+    "method",
+    "variant",
+    "workload",
+    "batch_size",
+    "prompt_tokens",
+    "new_tokens",
+    "engine",
+    "protocol",
+    "device",
+    "status",
+]
+OUTPUT_COLUMNS = ["model", "method", "status", "rank", "prompt", "text"]
 
 # The figures' inks; the report swaps them for its own, which follow dark mode.
 INK, MUTED, FAINT, PAPER = "#1f2328", "#59636e", "#eff2f5", "#ffffff"
@@ -78,8 +88,7 @@ def colours(rows: Sequence[Row]) -> dict[str, str]:
     grey = {row["method"] for row in rows if is_baseline(row, rows)}
     coloured = [method for method in methods if method not in grey]
     chosen = {method: COLOURS[index % len(COLOURS)] for index, method in enumerate(coloured)}
-    return chosen | {method: BASELINE_COLOUR for method in grey}
-
+    return chosen | dict.fromkeys(grey, BASELINE_COLOUR)
 
 
 def device(rows: Sequence[Row]) -> str:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import orjson
-
 from kvbench.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -46,16 +44,16 @@ class Problem:
 
 
 class Records:
-    """The records of a JSON array, in order, one in memory at a time.
+    """The records of a JSON array one by one, in memory of one record and a chunk.
 
-    After the last one, ``truncated`` says whether the file ends before its array does, and ``bytes_left_out`` how
-    many bytes of an unfinished record were left. Fractions, and numbers of 64 bits or more, may come as `Number`;
-    those of an id do.
+    It reads what pandas reads: NaN, control characters and lone surrogates too. Numbers come as `Number`.
+    After the last record, ``truncated`` says whether the file ends before its array does, and ``bytes_left_out``
+    how many bytes of an unfinished record were left.
 
-    The standard library's decoder says where a record ends, at any record. Where the text between two records was
-    seen before, the text up to there goes to orjson, which takes a third of the time: what it takes for one whole
-    value is that value, and what it refuses is left to the decoder, which also reads NaN, control characters and
-    lone surrogates, as pandas does.
+    Parameters
+    ----------
+    start : byte offset of a record to begin with; 0 for the beginning of the array.
+    index : number of the first record, for messages.
 
     Raises
     ------
@@ -63,30 +61,41 @@ class Records:
         (named by record and byte offset).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, start: int = 0, index: int = 0) -> None:
         self.path = path
         self.truncated = False
         self.bytes_left_out = 0
         # Not strict: control characters inside strings are read as they are.
-        self._scan = json.JSONDecoder(
-            parse_int=Number, parse_float=Number, strict=False
-        ).scan_once  # type: ignore[attr-defined]
+        decoder = json.JSONDecoder(parse_int=Number, parse_float=Number, strict=False)
+        self._scan = decoder.scan_once  # type: ignore[attr-defined]
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text = ""
         self._position = 0  # in _text
-        self._decoded_bytes = 0  # of the file, up to the end of _text
+        self._start = self.bytes_read = start  # of the file, up to the end of _text
         self._ended = False
-        self._index = 0  # of the record being read
-        self._between = ""  # what was last seen from the end of a record to the first key of the next
-        self._next_record = 0  # where in it the next record begins
+        self._index = index  # of the record being read
 
     def __iter__(self) -> Iterator[Any]:
         try:
             with open(self.path, "rb") as stream:
-                self._open_array(stream)
+                stream.seek(self._start)
+                if self._start == 0:
+                    self._open_array(stream)
+                    if self._peek(stream) == "]":
+                        return self._close(stream)
                 yield from self._values(stream)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise UserError(f"{self.path} is no file to read", "Fetch the dataset again") from error
+
+    def next_record(self) -> tuple[int, bytes] | None:
+        """Where the record after the last one begins, in bytes, and what is between them.
+
+        That is all from the last ``}`` to the first key; None where the text read so far does not hold it.
+        """
+        match = _NEXT_RECORD.match(self._text, self._position)
+        if match is None or self._text[self._position - 1] != "}":
+            return None
+        return self._offset(match.start(1)), self._text[self._position - 1 : match.end()].encode()
 
     def _open_array(self, stream: BinaryIO) -> None:
         first = self._peek(stream)
@@ -106,15 +115,11 @@ class Records:
         raise UserError(f"{self.path} is no JSON array: it begins with {first!r}", SHAPE)
 
     def _values(self, stream: BinaryIO) -> Iterator[Any]:
-        if self._peek(stream) == "]":
-            return self._close(stream)
         while True:
-            yield from self._familiar()
             self._peek(stream)  # past the gap: the decoder takes none
             found = self._value(stream)
             if found is None:
                 return self._truncate()
-            self._learn()
             yield found[0]
             self._index += 1
             follows = self._peek(stream)
@@ -126,27 +131,6 @@ class Records:
             if follows != ",":
                 raise self._broken("Expecting ',' or ']' between records", self._position)
             self._position += 1
-
-    def _familiar(self) -> Iterator[Any]:
-        """The records from the position on that end as the last one did, as far as the text goes."""
-        text, between = self._text, self._between
-        while between and (end := text.find(between, self._position) + 1):
-            try:
-                value = orjson.loads(text[self._position : end])
-            except orjson.JSONDecodeError:
-                return
-            if not isinstance(value, dict) or not isinstance(value.get("id"), str | int | None):
-                return
-            self._position = end - 1 + self._next_record
-            yield value
-            self._index += 1
-
-    def _learn(self) -> None:
-        """Remember how the record that ends at the position is parted from the next."""
-        following = _NEXT_RECORD.match(self._text, self._position)
-        if following and self._text[self._position - 1] == "}":
-            self._between = self._text[self._position - 1 : following.end()]
-            self._next_record = following.start(1) - self._position + 1
 
     def _value(self, stream: BinaryIO) -> tuple[Any] | None:
         """Read the value at the position; None when the file ends inside it."""
@@ -194,20 +178,20 @@ class Records:
             self._text = left + self._decoder.decode(data)
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} is not UTF-8 at byte {self._decoded_bytes + error.start}",
+                f"{self.path} is not UTF-8 at byte {self.bytes_read + error.start}",
                 "Convert it, for example with `iconv -f LATIN1 -t UTF-8`, or unpack it if it is an archive",
             ) from error
-        self._decoded_bytes += len(data) + pending - len(self._decoder.getstate()[0])
+        self.bytes_read += len(data) + pending - len(self._decoder.getstate()[0])
         self._position = 0
 
     def _offset(self, position: int) -> int:
         """Byte offset in the file of a position in the text."""
-        return self._decoded_bytes - len(self._text[position:].encode())
+        return self.bytes_read - len(self._text[position:].encode())
 
     def _truncate(self) -> None:
         self.truncated = True
         half_a_character = len(self._decoder.getstate()[0])
-        self.bytes_left_out = self._decoded_bytes + half_a_character - self._offset(self._position)
+        self.bytes_left_out = self.bytes_read + half_a_character - self._offset(self._position)
 
     def _close(self, stream: BinaryIO) -> None:
         if self._peek(stream) or self._decoder.getstate()[0]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, rmtree
 from typing import Any
 
 from kvbench import checkpoint, download, files
@@ -108,9 +108,7 @@ def from_path(wanted: Wanted) -> Got:
     if wanted.source.get("sha256"):
         if path.is_dir():
             raise UserError(f"{path} is a folder, which has no sha256", "Remove `sha256` from the source")
-        download.check_hash(
-            path, wanted.source["sha256"], str(path), "Name the right file, or its right sha256"
-        )
+        download.check_hash(path, wanted.source["sha256"], str(path), "Name the right file, or its right sha256")
     return Got(path)
 
 
@@ -215,6 +213,8 @@ def _fetched(
     folder = output.absolute().parent
     with _disk_full(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        for killed in folder.glob(".fetch-*"):
+            rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
             wanted = Wanted(kind, name, source, folder, Path(scratch), trust_remote_code)
             try:
@@ -245,9 +245,7 @@ def _from_gguf(wanted: Wanted, got: Got) -> tuple[Got, dict[str, Any]]:
 
     if got.path.suffix != ".gguf":
         cause = f"{wanted.name}: {got.path.name} is neither a checkpoint's folder nor a .gguf file"
-        raise UserError(
-            cause, "Name a folder with config.json, a hub repository without `file`, or a .gguf file"
-        )
+        raise UserError(cause, "Name a folder with config.json, a hub repository without `file`, or a .gguf file")
     folder = wanted.scratch / "converted"
     converted = gguf_convert.convert(got.path, folder)
     converted |= {"bytes": got.path.stat().st_size, "sha256": files.sha256(got.path)}
@@ -271,9 +269,7 @@ def _find_tokenizer(name: str, folder: Path, tokenizer_from: Path | None) -> Pat
         raise UserError(f"{name}: {folder} ships no tokenizer", "Name the model that lends it one as `base`")
     base = load_manifest(tokenizer_from)
     if base.tokenizer is None:
-        raise UserError(
-            f"{name}: its base {base.name} has no tokenizer to lend", "Name a `base` that has one"
-        )
+        raise UserError(f"{name}: its base {base.name} has no tokenizer to lend", "Name a `base` that has one")
     return base.tokenizer
 
 

@@ -20,11 +20,21 @@ MEASURED = (
 _NAMES = ["model", "method", "variant", "workload"]
 _SHAPE = ["batch_size", "prompt_tokens", "new_tokens"]
 _HOW = ["engine", "protocol", "device"]
-_KIND = {**dict.fromkeys(_SHAPE, pa.int64()), "repeats": pa.int64(), "repeat": pa.int64(), "simulated": pa.bool_()}
+_KIND = {
+    **dict.fromkeys(_SHAPE, pa.int64()),
+    "repeats": pa.int64(),
+    "repeat": pa.int64(),
+    "simulated": pa.bool_(),
+}
 
 STATS = pa.schema(
     [(name, _KIND.get(name, pa.string())) for name in _NAMES + _SHAPE + _HOW]
-    + [("status", pa.string()), ("status_reason", pa.string()), ("repeats", pa.int64()), ("simulated", pa.bool_())]
+    + [
+        ("status", pa.string()),
+        ("status_reason", pa.string()),
+        ("repeats", pa.int64()),
+        ("simulated", pa.bool_()),
+    ]
     + [(name, pa.float64()) for name in MEASURED]
     + [(f"{name}_{end}", pa.float64()) for name in MEASURED for end in ("low", "high")]
     + [("baseline", pa.string()), ("attention", pa.string()), ("article_warm_tokens_per_s", pa.float64())]
@@ -34,9 +44,19 @@ _EXTRA = ["total_s", "peak_decode_bytes", "reserved_bytes", "kv_cache_end_bytes"
 
 MEASUREMENTS = pa.schema(
     [(name, _KIND.get(name, pa.string())) for name in _NAMES + _SHAPE + _HOW]
-    + [("repeat", pa.int64()), ("status", pa.string()), ("status_reason", pa.string()), ("simulated", pa.bool_())]
+    + [
+        ("repeat", pa.int64()),
+        ("status", pa.string()),
+        ("status_reason", pa.string()),
+        ("simulated", pa.bool_()),
+    ]
     + [(name, pa.float64()) for name in MEASURED + _EXTRA]
-    + [("warmup_runs", pa.int64()), ("attention", pa.string()), ("dtype", pa.string()), ("tokens_sha256", pa.string())]
+    + [
+        ("warmup_runs", pa.int64()),
+        ("attention", pa.string()),
+        ("dtype", pa.string()),
+        ("tokens_sha256", pa.string()),
+    ]
     + [("token_times_s", pa.list_(pa.float64()))]
 )
 
@@ -156,7 +176,9 @@ def _timed(row: Row, prefills: list[Row], protocol: str, cell: Row) -> Row:
 
 def _summary(cell: Row, repeats: list[Row]) -> Row:
     first = repeats[0]
-    row = {key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, "status", "status_reason", "simulated", "attention"]}
+    row = {
+        key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, "status", "status_reason", "simulated", "attention"]
+    }
     row["baseline"] = cell["baseline"] if cell["baseline"] != cell["variant"] else None
     row["repeats"] = len(repeats) if first["status"] == "ok" else 0
     cold = first["protocol"] == "article"

@@ -17,10 +17,8 @@ _ELSEWHERE = re.compile(r"url\(\s*['\"]?(?!#)|@import", re.IGNORECASE)
 def inline(path: str | Path, scope: str, inks: dict[str, str]) -> str:
     """The file's drawing as one ``<svg>`` element that names nothing outside itself.
 
-    Parameters
-    ----------
-    scope : put before each id, so that drawings on one page do not share ids.
-    inks : colour in the file (``#1f2328``) to the CSS value that replaces it in styles.
+    ``scope`` is put before each id, so that drawings on one page share none; ``inks`` maps a colour of the
+    file (``#1f2328``) to the CSS value that replaces it in styles.
 
     Raises
     ------
@@ -56,7 +54,7 @@ def _prune(root: ElementTree.Element) -> None:
 
 def _scope(element: ElementTree.Element, scope: str, inks: dict[str, str]) -> None:
     for name, value in list(element.attrib.items()):
-        if name == XLINK or name == "href":
+        if name in (XLINK, "href"):
             del element.attrib[name]
             if value.startswith("#"):
                 element.set("href", f"#{scope}-{value[1:]}")
@@ -65,8 +63,7 @@ def _scope(element: ElementTree.Element, scope: str, inks: dict[str, str]) -> No
         elif name == "id":
             element.set("id", f"{scope}-{value}")
         else:
-            value = _REFERENCE.sub(rf"url(#{scope}-\1)", value)
-            if name == "style":
-                for colour, ink in inks.items():
-                    value = value.replace(colour, ink)
-            element.set(name, value)
+            scoped = _REFERENCE.sub(rf"url(#{scope}-\1)", value)
+            for colour, ink in inks.items() if name == "style" else ():
+                scoped = scoped.replace(colour, ink)
+            element.set(name, scoped)

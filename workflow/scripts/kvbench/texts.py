@@ -73,11 +73,8 @@ def clip(text: str) -> str:
 def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str, str]) -> Texts:
     """Group ``outputs`` by prompt and compare each variant with its baseline.
 
-    Parameters
-    ----------
-    outputs : rows of the outputs files.
-    rows : the stats, which name each variant's baseline and their order.
-    tokenizers : model to what identifies its tokenizer; tokens are compared where they agree.
+    ``rows`` are the stats, which name each variant's baseline and their order. ``tokenizers`` maps a model to
+    what identifies its tokenizer: tokens are compared where that agrees.
     """
     variants = {_key(row): str(row["variant"]) for row in rows}
     answered: dict[Key, dict[int, Row]] = {}
@@ -89,8 +86,9 @@ def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str
         else:
             answered.setdefault(_key(row), {})[row["rank"]] = row
     base = _baselines(rows, variants, answered)
+    models = list(dict.fromkeys(model for model, _ in variants))
     order = [key for key in variants if key in answered]
-    order.sort(key=lambda key: key in base)
+    order.sort(key=lambda key: (models.index(key[0]), key in base))
     ranks = sorted({rank for texts in answered.values() for rank in texts})
     pairs = {
         (key, rank): _against(answered[key][rank], _reference(key, rank, base, answered), tokenizers)
@@ -101,18 +99,14 @@ def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str
     for rank in ranks[:PROMPTS_SHOWN]:
         keys = [key for key in order if rank in answered[key]]
         row = answered[keys[0]][rank]
-        cards = [
-            _card(variants[key], answered[key][rank], pairs[key, rank], key in base.values()) for key in keys
-        ]
+        cards = [_card(variants[key], answered[key][rank], pairs[key, rank], key in base.values()) for key in keys]
         prompts.append(Prompt(rank, clip(row.get("prompt") or ""), _prompt_facts(row), tuple(cards)))
     tallies = [
         tally(key[0], variants[key], variants[base[key]], compared)
         for key in order
         if (compared := [pair for rank in answered[key] if (pair := pairs[key, rank])])
     ]
-    return Texts(
-        tuple(prompts), len(ranks), tuple(variants[key] for key in order), tuple(tallies), tuple(missing)
-    )
+    return Texts(tuple(prompts), len(ranks), tuple(variants[key] for key in order), tuple(tallies), tuple(missing))
 
 
 def _key(row: Row) -> Key:
@@ -135,9 +129,7 @@ def _baselines(rows: Sequence[Row], variants: Mapping[Key, str], answered: Mappi
     }
 
 
-def _reference(
-    key: Key, rank: int, base: Mapping[Key, Key], answered: Mapping[Key, Mapping[int, Row]]
-) -> Row | None:
+def _reference(key: Key, rank: int, base: Mapping[Key, Key], answered: Mapping[Key, Mapping[int, Row]]) -> Row | None:
     row = answered[base[key]].get(rank) if key in base else None
     return row if row and row["status"] == "ok" else None
 
@@ -149,10 +141,10 @@ def _against(row: Row, reference: Row | None, tokenizers: Mapping[str, str]) -> 
     same = all(model in tokenizers for model in (row["model"], reference["model"]))
     same = same and tokenizers[row["model"]] == tokenizers[reference["model"]]
     mine, other = row.get("token_ids"), reference.get("token_ids")
-    comparable = mine is not None and other is not None and (same or row["model"] == reference["model"])
+    same = same or row["model"] == reference["model"]
     return Compared(
         compare_texts(reference.get("text") or "", row.get("text") or ""),
-        common_prefix(mine, other) if comparable else None,
+        common_prefix(mine, other) if same and mine is not None and other is not None else None,
     )
 
 
@@ -163,7 +155,8 @@ def _prompt_facts(row: Row) -> str:
 
 def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool) -> Card:
     text = row.get("text") or ""
-    kind, note, prefix, segments = "alone", "no baseline to compare with", text, ()
+    kind, note, prefix = "alone", "no baseline to compare with", text
+    segments: tuple[Segment, ...] = ()
     if row["status"] != "ok":
         kind, note = "missing", _reason(row)
     elif is_baseline:
@@ -190,11 +183,11 @@ def _parting(row: Row, compared: Compared) -> str:
         return f"parts after {count:,} words" if count else "parts at the first word"
     length = len(row["token_ids"])
     if compared.tokens == length:
-        return f"stops after token {length:,}, as far as the baseline" if length else "empty"
+        return f"stops after token {length:,}, where the baseline goes on" if length else "empty"
     return f"parts at token {compared.tokens + 1:,} of {length:,}"
 
 
 def _facts(row: Row) -> str:
-    tokens, stopped = row.get("new_tokens"), row.get("stop_reason")
-    parts = [f"{tokens:,} tokens" if tokens is not None else "", STOPPED.get(stopped, stopped or "")]
+    tokens, stopped = row.get("new_tokens"), row.get("stop_reason") or ""
+    parts = [f"{tokens:,} tokens" if tokens is not None else "", STOPPED.get(stopped, stopped)]
     return ", ".join(part for part in parts if part)

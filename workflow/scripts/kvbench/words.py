@@ -50,9 +50,7 @@ QUANTITIES = {
         Quantity("kv_cache_allocated_bytes", "Cache allocated", "bytes", "lower", counted=True),
         Quantity("kv_cache_full_bytes", "Cache uncompressed", "bytes", counted=True),
         Quantity("kv_compression_factor", "Compression", "factor", counted=True),
-        Quantity(
-            "peak_generation_bytes", "Peak VRAM", "bytes", "lower", cpu_title="Peak memory (resident set)"
-        ),
+        Quantity("peak_generation_bytes", "Peak VRAM", "bytes", "lower", cpu_title="Peak memory (resident set)"),
         Quantity("tpot_s", "TPOT", "seconds", "lower"),
         Quantity("prefill_tokens_per_s", "Prefill throughput", "rate", "higher"),
         Quantity(
@@ -186,7 +184,7 @@ def _verdict(row: Row, base: Row, column: str) -> Verdict:
             return "equal"
     elif by_chance(row.get("repeats") or 0, base.get("repeats") or 0) > 0.05:
         return "unknown"
-    if None in (low, high, base_low, base_high):
+    if low is None or high is None or base_low is None or base_high is None:
         return "unknown"
     if low <= base_high and base_low <= high:
         return "indistinguishable"
@@ -212,9 +210,9 @@ def interval_words(repeats: int) -> str:
     return "95% interval of the median"
 
 
-def shorten(text: str | None, width: int) -> str:
+def shorten(text: object, width: int) -> str:
     """One line of at most ``width`` characters, cut at the end with an ellipsis."""
-    line = " ".join((text or "").split())
+    line = " ".join(str(text or "").split())
     return line if len(line) <= width else line[: width - 1].rstrip() + "…"
 
 
@@ -225,13 +223,11 @@ def listing(items: list[str]) -> str:
 
 def workload_words(row: Row) -> str:
     """``batch 64 × 1,024 prompt + 100 new tokens``."""
-    return (
-        f"batch {row['batch_size']:,} × {row['prompt_tokens']:,} prompt + {row['new_tokens']:,} new tokens"
-    )
+    return f"batch {row['batch_size']:,} × {row['prompt_tokens']:,} prompt + {row['new_tokens']:,} new tokens"
 
 
 def missing_words(row: Row, width: int) -> str:
     """Why a cell has no numbers, short: its status and the start of its reason."""
-    status = STATUS_WORDS.get(row["status"], row["status"])
+    status = STATUS_WORDS.get(str(row["status"]), str(row["status"]))
     reason = shorten(row.get("status_reason"), width - len(status) - 2)
     return f"{status}: {reason}" if reason else status

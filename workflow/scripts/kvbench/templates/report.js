@@ -58,6 +58,18 @@
     }
     form.querySelector("output").textContent = `${shown} of ${prompts.length} prompts shown`;
   };
+  // A long text scrolls to where it parts from the baseline.
+  const scrollToMarks = (prompt) => {
+    if (!prompt.open) return;
+    for (const mark of prompt.querySelectorAll(".card .mark")) {
+      const text = mark.closest(".text");
+      text.scrollTop = Math.max(0, mark.offsetTop - text.clientHeight / 3);
+    }
+  };
+  for (const prompt of prompts) {
+    prompt.addEventListener("toggle", () => scrollToMarks(prompt));
+    scrollToMarks(prompt);
+  }
   const openAll = (open) => prompts.forEach((prompt) => { prompt.open = open; });
   form.addEventListener("input", apply);
   form.addEventListener("submit", (event) => event.preventDefault());

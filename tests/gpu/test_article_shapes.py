@@ -1,0 +1,63 @@
+"""The article's bytes and peaks from random weights of Qwen3-8B's shapes; needs a GPU with 48 GiB or more."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvbench import measure, methods, sources
+from kvbench.loading import load_model
+
+GIB = 2**30
+NEEDED = 48 * GIB
+KNORM = {"press": "KnormPress", "args": {"compression_ratio": 0.8}}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < NEEDED,
+        reason="needs a CUDA device with 48 GiB",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, measure.Batch]:
+    """The model, and a batch of 64 × 1024 tokens padded as the article pads."""
+    folder = tmp_path_factory.mktemp("qwen")
+    manifest = sources.fetch_model("qwen", {"random": "Qwen/Qwen3-8B", "seed": 0}, folder / "manifest.json")
+    model = load_model(manifest, "auto", "sdpa", torch.device("cuda:0")).model
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 150_000, (64, 1024), generator=generator).cuda()
+    mask = torch.ones_like(ids)
+    for row in range(1, 64):
+        mask[row, : 8 * row] = 0
+    return model, measure.Batch(ids, mask, 100, 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "cache_gib", "peak_gib"),
+    [({}, 9.0, 30.89), (KNORM, 1.79296875, 23.69)],
+    ids=["none", "knorm-0.8"],
+)
+def test_the_articles_bytes_and_peaks(setting: Any, spec: dict[str, Any], cache_gib: float, peak_gib: float) -> None:
+    model, batch = setting
+    effort = measure.Effort(repeats=1, max_warmup_runs=1)
+    prefill = measure.prefill_article(model, batch, methods.build(spec), effort)["repeats"][0]
+    assert prefill["kv_cache_bytes"] == cache_gib * GIB
+    assert prefill["kv_cache_allocated_bytes"] == cache_gib * GIB
+    (generation,) = measure.generation_article(model, batch, methods.build(spec), effort)
+    assert generation["peak_generation_bytes"] == pytest.approx(peak_gib * GIB, rel=0.01)
+
+
+def test_event_times_agree_with_the_hosts_clock(setting: Any) -> None:
+    import time
+
+    model, batch = setting
+    start = time.perf_counter()
+    rows = list(measure.generation_standard(model, batch, methods.Dense(), measure.Effort(2, 1)))
+    elapsed = time.perf_counter() - start
+    assert sum(row["total_s"] for row in rows) * 1.5 == pytest.approx(elapsed, rel=0.2)
+    assert rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
+    for row in rows:
+        assert row["token_times_s"] == sorted(row["token_times_s"]) and len(row["token_times_s"]) == 100

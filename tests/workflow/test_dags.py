@@ -1,0 +1,100 @@
+"""Configs that cannot run here still give the right jobs with the right inputs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runner import ROOT, snakemake
+
+import tinyrun
+
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_that_comes_with_kvbench_gives_a_plan(tmp_path: Path, name: str) -> None:
+    done = snakemake(ROOT, tmp_path, ROOT / "config" / name, "--dry-run")
+    assert done.status == 0, done.output
+    assert done.jobs["report"] == 1
+
+
+def test_the_articles_experiment(tmp_path: Path) -> None:
+    done = snakemake(ROOT, tmp_path, ROOT / "config/article.yaml", "--dry-run", "--printshellcmds")
+    assert done.status == 0, done.output
+    assert done.jobs == {
+        "fetch_model": 2, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 3, "generation": 3,
+        "outputs": 3, "plan": 1, "stats": 1, "bars": 1, "report": 1,
+    }  # fmt: skip
+    commands = [line.strip() for line in done.output.splitlines() if "/workflow/scripts/" in line]
+
+    def command(*words: str) -> str:
+        (found,) = [line for line in commands if all(word in line for word in words)]
+        return found
+
+    base = command("fetch.py model --name qwen3-8b ")
+    assert "b968826d9c46dd6066d109eabc6255188de91218" in base and "trust-remote-code" not in base
+    dms = command("fetch.py model --name qwen3-8b-dms ")
+    assert "da1535fc3bfb52fa340eca692a7e4e650f98838d" in dms and "--trust-remote-code" in dms
+    assert "--tokenizer-from results/models/qwen3-8b/manifest.json" in dms
+    data = command("fetch.py dataset")
+    assert "192ab2185289094fc556ec8ce5ce1e8e587154ca" in data and "35f0e213ce091ed9b9" in data
+    assert "--selection article --seed 4387 --min-chars 10" in command("prompts.py")
+    batch = command("workload.py")
+    assert "--batch-size 64 --prompt-tokens 1024 --new-tokens 100 --padding article" in batch
+    for method, model in (("baseline", "qwen3-8b"), ("knorm-0.8", "qwen3-8b"), ("dms-8x", "qwen3-8b-dms")):
+        for stage, suffix in (("prefill", "json"), ("generation", "parquet")):
+            job = command(f"measure.py {stage}", f"results/{stage}/{model}/{method}/article.{suffix}")
+            assert f"--manifest results/models/{model}/manifest.json" in job
+            assert "--workload results/workloads/qwen3-8b/article.parquet" in job  # the same token ids for all three
+        texts = command("outputs.py", f"results/outputs/{model}/{method}.parquet")
+        assert "--count 10 --new-tokens 100 --max-prompt-tokens 1024" in texts
+    assert '"compression_ratio":0.8' in command("measure.py generation", "knorm-0.8")
+
+
+@pytest.mark.parametrize("entry", ["Snakefile", "workflow/Snakefile"])
+def test_both_entries_give_the_same_jobs(tmp_path: Path, entry: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(ROOT / entry),
+        "--cores",
+        "1",
+        "--dry-run",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "generation" in done.stdout + done.stderr
+
+
+def test_the_workflow_as_a_module_of_another(tmp_path: Path) -> None:
+    config = tinyrun.make(tmp_path)
+    (tmp_path / "Snakefile").write_text(
+        f"""
+configfile: {str(config)!r}
+
+module kvbench:
+    snakefile: {str(ROOT / "workflow/Snakefile")!r}
+    config: config
+
+use rule * from kvbench
+
+rule mine:
+    input: "results/report.html"
+    default_target: True
+"""
+    )
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mine" in done.stdout + done.stderr
+
+
+def test_a_bad_config_ends_with_its_error_before_any_job(tmp_path: Path) -> None:
+    config = tinyrun.make(tmp_path, methods={"x": {"press": "KnormPres"}})
+    done = snakemake(ROOT, tmp_path, config)
+    assert done.status != 0
+    assert "kvpress has no press 'KnormPres'; did you mean 'KnormPress'?" in done.last_line
+    assert not (tmp_path / "results").exists()
