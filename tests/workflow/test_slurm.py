@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import tinyrun
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from kvbench import errors, prompts
+from kvbench.scan import Rules
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         options.manifest,
         options.output,
         options.counts,
-        prompts.Rules(options.selection, options.seed, options.min_chars, options.max_malformed_share),
+        Rules(options.selection, options.seed, options.min_chars, options.max_malformed_share),
         options.provenance,
     )
 

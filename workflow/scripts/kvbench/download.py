@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfileobj
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvbench import files
 from kvbench.errors import UserError
@@ -201,16 +202,17 @@ def hub_snapshot(repo: str, revision: str, allow: Sequence[str], ignore: Sequenc
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def download(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
+        with _progress_bars() as bar:
+            folder = snapshot_download(
                 repo,
                 revision=revision,
                 allow_patterns=list(allow),
                 ignore_patterns=list(ignore) or None,
                 token=hub_token(),
                 local_files_only=local_files_only,
+                tqdm_class=bar,
             )
-        )
+        return Path(folder)
 
     def either() -> Path:
         try:
@@ -232,9 +234,34 @@ def hub_file(repo: str, revision: str, file: str, repo_type: RepoType) -> Path:
     from huggingface_hub import hf_hub_download
 
     def download() -> Path:
-        return Path(hf_hub_download(repo, file, repo_type=repo_type, revision=revision, token=hub_token()))
+        token = hub_token()
+        with _progress_bars() as bar:
+            return Path(
+                hf_hub_download(repo, file, repo_type=repo_type, revision=revision, token=token, tqdm_class=bar)
+            )
 
     return _explained(download, repo, revision, repo_type, file)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Any]:
+    """A class of bars for the hub: drawn into a log too, once a second, and closed before an error is told."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    drawn = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # None would hide it where stderr is no terminal
+            options["disable"] = bool(options.get("disable"))
+            super().__init__(*args, mininterval=1, **options)
+            drawn.append(self)
+
+    try:
+        yield Bar
+    finally:
+        for bar in drawn:
+            bar.close()
 
 
 def card_licence(card: Path) -> str | None:
@@ -249,8 +276,10 @@ def card_licence(card: Path) -> str | None:
     return str(licence) if licence else None
 
 
-def check_revision(repo: str, revision: str) -> None:
-    """Raise `UserError` unless ``revision`` is a full commit hash."""
+def check_pinned(repo: str, revision: str) -> None:
+    """Raise `UserError` unless ``repo`` is owner/name and ``revision`` a full commit hash."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"{repo!r} is no name of a hub repository", "Write it as owner/name")
     if not FULL_COMMIT.fullmatch(revision):
         cause = f"{repo}: revision {revision!r} is no full commit hash"
         raise UserError(cause, "Pin the 40 hex digits that the repository's history shows")
@@ -268,7 +297,7 @@ def _explained(download: Callable[[], T], repo: str, revision: str, repo_type: R
 
     try:
         return download()
-    except (httpx.HTTPError, OSError, ValueError) as error:
+    except (httpx.HTTPError, OSError) as error:
         explained = _hub_error(error, repo, revision, repo_type, file)
         if explained is None:
             raise
@@ -284,8 +313,6 @@ def _hub_error(error: Exception, repo: str, revision: str, repo_type: RepoType, 
         return UserError(cause, "Free disk space or point HF_HOME to another disk, and run again")
     if isinstance(error, errors.HfHubHTTPError):
         return _hub_answer(error, repo, revision, repo_type, file)
-    if isinstance(error, errors.HFValidationError):
-        return UserError(f"{repo!r} is no name of a hub repository", "Write it as owner/name")
     if constants.HF_HUB_OFFLINE and _unreachable(error):
         cause = f"HF_HUB_OFFLINE is set and {repo} at {revision} is not whole in the hub cache"
         return UserError(cause, "Run once without HF_HUB_OFFLINE, or point HF_HOME to the cache that has it")

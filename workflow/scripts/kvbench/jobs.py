@@ -139,7 +139,7 @@ def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tok
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
         from kvbench import answers
-        from kvbench.sources import load_manifest
+        from kvbench.manifest import load_manifest
 
         if load_manifest(job.manifest).tokenizer is None:
             raise Unsupported("random weights have no tokenizer, and their text would mean nothing")
@@ -206,7 +206,7 @@ def _ready(job: Job, facts: dict[str, Any]) -> Ready:
 
     from kvbench import methods
     from kvbench.loading import load_model
-    from kvbench.sources import load_manifest
+    from kvbench.manifest import load_manifest
 
     manifest = load_manifest(job.manifest)
     facts |= {

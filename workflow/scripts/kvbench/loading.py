@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvbench.sources import Manifest, check_manifest_files
+from kvbench.manifest import Manifest, check_manifest_files
 
 
 @dataclass(frozen=True)

@@ -17,31 +17,25 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kvbench.conversations import MISSING, Batch, Conversations
 from kvbench.errors import UserError
 from kvbench.files import atomic, write_json
-from kvbench.sharegpt import SHAPE, Number, Problem
-from kvbench.sources import check_manifest_files, load_manifest
+from kvbench.manifest import check_manifest_files, load_manifest
+from kvbench.scan import NUMBERS, SPANS, Absent, Part, Rules, scan
+from kvbench.sharegpt import SHAPE, Number
 
-Selection = Literal["article", "human_first"]
-
-HUMAN_ROLES = frozenset({"human", "user"})
-OTHER_ROLES = frozenset({"system", "tool", "function", "developer"})
-TWO_MESSAGES = "at least 2 messages"
-HUMAN_FIRST = "a human first, an assistant second"
-EXAMPLES_PER_KIND = 5
 ROWS_PER_GROUP = 2048
-
 SCHEMA = pa.schema(
     [
         ("rank", pa.int64()),
@@ -59,100 +53,6 @@ SCHEMA = pa.schema(
 _spell = json.JSONEncoder(default=lambda number: float(number.text)).encode
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How to select: least characters a text, seed of the shuffle, largest share of malformed records in [0, 1]."""
-
-    selection: Selection
-    seed: int
-    min_chars: int
-    max_malformed_share: float
-
-
-@dataclass
-class Counts:
-    """What each step kept, and what could not be read; the prompts' counts manifest is made of it."""
-
-    conversations_read: int = 0
-    truncated: bool = False
-    bytes_left_out: int = 0
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    malformed: Counter[str] = field(default_factory=Counter)
-    malformed_examples: list[dict[str, Any]] = field(default_factory=list)
-
-    def note(self, problem: Problem, index: int, conversation_id: str | None) -> None:
-        """Count a malformed record, and keep it as an example if its kind has few."""
-        self.malformed[problem.kind] += 1
-        if self.malformed[problem.kind] <= EXAMPLES_PER_KIND:
-            shown = conversation_id and conversation_id.encode("utf-8", "backslashreplace").decode()
-            example = {"kind": problem.kind, "index": index, "id": shown, "detail": problem.detail}
-            self.malformed_examples.append(example)
-
-
-class Candidates:
-    """Texts spooled to an unnamed file, and what is known about them in memory: no text stays there."""
-
-    NUMBERS = ("source_index", "prompt_chars", "completion_chars", "turns", "conversation_chars")
-    SPANS = ("start", "prompt_bytes", "completion_bytes")
-
-    def __init__(self, spool: IO[bytes]) -> None:
-        self.spool = spool
-        self.ids: list[str | None] = []
-        self._known: list[pa.Table] = []
-        self._end = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def add(self, batch: Batch, rows: np.ndarray) -> None:
-        """Take the conversations of the batch at the positions ``rows``: of two readable messages or more."""
-        columns = batch.columns.take(rows)
-        prompts, completions = columns["prompt"].combine_chunks(), columns["completion"].combine_chunks()
-        both = pc.binary_join_element_wise(prompts, completions, "")
-        _, offsets, data = both.buffers()
-        starts = np.frombuffer(offsets, dtype=np.int32)[: len(both)].astype(np.int64) + self._end
-        if data is not None:
-            self._end += self.spool.write(data)
-        lengths = (pc.binary_length(texts).cast(pa.int64()) for texts in (prompts, completions))
-        self._known.append(
-            columns.drop_columns(["prompt", "completion"])
-            .append_column("source_index", pa.array(batch.source_index[rows]))
-            .append_column("start", pa.array(starts))
-            .append_column("prompt_bytes", next(lengths))
-            .append_column("completion_bytes", next(lengths))
-        )
-        self.ids.extend(_text_of_id(batch.ids[row]) for row in rows.tolist())
-
-    def tables(self, order: np.ndarray) -> Iterator[pa.Table]:
-        """The candidates at the positions ``order`` as tables of `SCHEMA`, a row group each."""
-        self.spool.flush()
-        known = pa.concat_tables(self._known).combine_chunks()
-        for first in range(0, len(order), ROWS_PER_GROUP):
-            rows = order[first : first + ROWS_PER_GROUP]
-            part = known.take(rows)
-            prompts, completions = self._texts(*(part[name].to_numpy() for name in self.SPANS))
-            columns = {name: part[name] for name in (*self.NUMBERS, "first_role")} | {
-                "rank": np.arange(first, first + len(rows)),
-                "conversation_id": [self.ids[row] for row in rows.tolist()],
-                "prompt": prompts,
-                "completion": completions,
-            }
-            yield pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
-
-    def _texts(
-        self, starts: np.ndarray, prompt_bytes: np.ndarray, completion_bytes: np.ndarray
-    ) -> tuple[pa.LargeStringArray, pa.LargeStringArray]:
-        """Prompts and completions, which lie one after the other from ``starts`` on."""
-        spool, prompts, completions = self.spool.fileno(), [], []
-        for start, prompt, completion in zip(
-            starts.tolist(), prompt_bytes.tolist(), completion_bytes.tolist(), strict=True
-        ):
-            both = os.pread(spool, prompt + completion, start)
-            prompts.append(both[:prompt])
-            completions.append(both[prompt:])
-        return _string_array(prompts, prompt_bytes), _string_array(completions, completion_bytes)
-
-
 def run(manifest_path: Path, output: Path, counts_path: Path, rules: Rules, provenance: dict[str, Any]) -> None:
     """Select the prompts of a fetched dataset and write them, and the counts manifest beside them.
 
@@ -165,16 +65,16 @@ def run(manifest_path: Path, output: Path, counts_path: Path, rules: Rules, prov
     inputs = {"dataset": dataset.name, "revision": dataset.revision, "files": dataset.files, **asdict(rules)}
     counts = select(dataset.file, output, rules, inputs | provenance)
     about = {"dataset": dataset.name, "selection": rules.selection, "seed": rules.seed, "file": dataset.file.name}
-    write_json(counts_path, about | asdict(counts))
-    cut = f", cut off: {counts.bytes_left_out:,} bytes of an unfinished record left out" if counts.truncated else ""
-    print(f"{dataset.file.name}: {counts.conversations_read:,} conversations{cut}")
-    for step in counts.steps[1:]:
+    write_json(counts_path, about | counts)
+    cut = f", cut off: {counts['bytes_left_out']:,} bytes of an unfinished record left out"
+    print(f"{dataset.file.name}: {counts['conversations_read']:,} conversations{cut if counts['truncated'] else ''}")
+    for step in counts["steps"][1:]:
         print(f"{step['kept']:>10,}  {step['step']}")
-    for kind, number in counts.malformed.items():
+    for kind, number in counts["malformed"].items():
         print(f"{number:>10,}  malformed: {kind}")
 
 
-def select(path: Path, output: Path, rules: Rules, metadata: dict[str, Any]) -> Counts:
+def select(path: Path, output: Path, rules: Rules, metadata: dict[str, Any]) -> dict[str, Any]:
     """Write the prompts of the ShareGPT file ``path`` to the Parquet file ``output``.
 
     Parameters
@@ -183,7 +83,7 @@ def select(path: Path, output: Path, rules: Rules, metadata: dict[str, Any]) -> 
 
     Returns
     -------
-    What each step kept.
+    The counts: records read, what each step kept, what is malformed, and whether the file is cut off.
 
     Raises
     ------
@@ -191,69 +91,112 @@ def select(path: Path, output: Path, rules: Rules, metadata: dict[str, Any]) -> 
         sorted, or no prompt is left.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output.parent) as spool:
-        counts, candidates = Counts(), Candidates(spool)
-        ids, drawn, found = _scan(path, rules, counts, candidates)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        parts = scan(path, rules, Path(folder))
+        counts = _counts(parts, rules)
         _refuse_too_many_malformed(path, counts, rules.max_malformed_share)
-        order = found[draw_order(ids, drawn, rules.seed, path)]
+        ids = [identity for part in parts for identity in part.ids]
+        drawn = np.concatenate([np.frombuffer(part.drawn, dtype=np.bool_) for part in parts])
+        kept = _joined([np.frombuffer(part.kept, dtype=np.int64) for part in parts], [len(p.roles) for p in parts])
+        order = kept[draw_order(ids, drawn, rules.seed, path)]
         order = order[order >= 0]
         if not len(order):
             raise _no_prompts(path, counts)
         with atomic(output) as temporary:
-            _write(candidates.tables(order), temporary, metadata)
+            _write(_tables(parts, ids, order), temporary, metadata)
     return counts
 
 
-def _scan(path: Path, rules: Rules, counts: Counts, candidates: Candidates) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """Read the file once.
+def _counts(parts: list[Part], rules: Rules) -> dict[str, Any]:
+    def total(name: str) -> int:
+        return sum(getattr(part, name) for part in parts)
 
-    Returns
-    -------
-    ids : of every record that is an object.
-    drawn : bool, whether each takes part in the shuffle.
-    found : for each, its number among the candidates, or -1.
-    """
-    ids: list[Any] = []
-    drawn, found = [], []
-    passed: Counter[str] = Counter()
-    conversations = Conversations(path)
-    for batch in conversations:
-        for problem, index, identity in batch.problems:
-            counts.note(problem, index, _text_of_id(identity))
-        steps = _steps(batch.columns, rules)
-        passed.update({step: int(mask.sum()) for step, mask in steps.items()})
-        # A malformed record keeps its place in the article's shuffle, so that it moves no other.
-        drawn.append(steps[TWO_MESSAGES if rules.selection == "article" else HUMAN_FIRST])
-        (rows,) = np.nonzero(list(steps.values())[-1])
-        places = np.full(len(batch.ids), -1)
-        places[rows] = np.arange(len(candidates), len(candidates) + len(rows))
-        found.append(places)
-        ids.extend(batch.ids)
-        candidates.add(batch, rows)
-    counts.conversations_read = conversations.read
-    counts.truncated, counts.bytes_left_out = conversations.truncated, conversations.bytes_left_out
-    counts.steps = [{"step": "read", "kept": conversations.read}]
-    counts.steps += [{"step": step, "kept": kept} for step, kept in passed.items()]
-    return ids, np.concatenate(drawn), np.concatenate(found)
-
-
-def _steps(columns: pa.Table, rules: Rules) -> dict[str, np.ndarray]:
-    """For each step in order, which records pass it and all before it."""
-
-    def holds(condition: pa.ChunkedArray) -> np.ndarray:
-        return condition.fill_null(False).to_numpy().astype(bool)
-
-    steps = {TWO_MESSAGES: holds(pc.greater_equal(columns["messages"], 2))}
-    passed = steps["first 2 messages readable"] = holds(pc.greater_equal(columns["turns"], 2))
+    steps = {
+        "read": total("read"),
+        "at least 2 messages": total("two_messages"),
+        "first 2 messages readable": total("readable"),
+    }
     if rules.selection == "human_first":
-        asked = pc.is_in(columns["first_role"], pa.array(sorted(HUMAN_ROLES)))
-        other = pc.is_in(columns["second_role"], pa.array(sorted(HUMAN_ROLES | OTHER_ROLES)))
-        answered = pc.and_(pc.is_valid(columns["second_role"]), pc.invert(other))
-        passed = steps[HUMAN_FIRST] = passed & holds(asked) & holds(answered)
-    shorter = pc.min_element_wise(columns["prompt_chars"], columns["completion_chars"])
-    name = f"prompt and completion of at least {rules.min_chars} characters"
-    steps[name] = passed & holds(pc.greater_equal(shorter, rules.min_chars))
-    return steps
+        steps["a human first, an assistant second"] = total("human_first")
+    steps[f"prompt and completion of at least {rules.min_chars} characters"] = sum(len(part.roles) for part in parts)
+    malformed: Counter[str] = sum((part.malformed for part in parts), Counter())
+    before = _before([part.read for part in parts])
+    return {
+        "conversations_read": total("read"),
+        "truncated": parts[-1].truncated,
+        "bytes_left_out": parts[-1].bytes_left_out,
+        "steps": [{"step": step, "kept": kept} for step, kept in steps.items()],
+        "malformed": dict(malformed),
+        "malformed_examples": [
+            example | {"index": example["index"] + first}
+            for part, first in zip(parts, before, strict=True)
+            for example in part.examples
+        ],
+    }
+
+
+def _tables(parts: list[Part], ids: list[Any], order: np.ndarray) -> Iterator[pa.Table]:
+    """The kept conversations at the positions ``order`` as tables of `SCHEMA`, a row group each."""
+    numbers = np.concatenate([part.table() for part in parts])
+    kept = [len(part.roles) for part in parts]
+    numbers[:, NUMBERS.index("source_index")] += np.repeat(_before([part.read for part in parts]), kept)
+    numbers[:, NUMBERS.index("row")] += np.repeat(_before([len(part.ids) for part in parts]), kept)
+    files = np.repeat(np.arange(len(parts)), kept)
+    roles = [role for part in parts for role in part.roles]
+    with ExitStack() as stack:
+        spools = [stack.enter_context(open(part.texts, "rb")) for part in parts]
+        descriptors = np.array([spool.fileno() for spool in spools])[files]
+        for first in range(0, len(order), ROWS_PER_GROUP):
+            rows = order[first : first + ROWS_PER_GROUP]
+            known = dict(zip((*NUMBERS, *SPANS), numbers[rows].T, strict=True))
+            columns: dict[str, Any] = {name: _integers(column) for name, column in known.items()}
+            columns["rank"] = _integers(np.arange(first, first + len(rows)))
+            columns["conversation_id"] = _strings([_text_of_id(ids[row]) for row in known["row"].tolist()])
+            columns["first_role"] = _strings([roles[row] for row in rows.tolist()])
+            columns["prompt"], columns["completion"] = _texts(descriptors[rows], *(known[name] for name in SPANS))
+            yield pa.Table.from_arrays([columns[each.name].cast(each.type) for each in SCHEMA], schema=SCHEMA)
+
+
+def _texts(
+    descriptors: np.ndarray, starts: np.ndarray, prompt_bytes: np.ndarray, completion_bytes: np.ndarray
+) -> tuple[pa.LargeStringArray, pa.LargeStringArray]:
+    """Prompts and completions, which lie one after the other from ``starts`` on, read straight into Arrow's buffers."""
+    offsets = [np.concatenate(([0], np.cumsum(sizes))) for sizes in (prompt_bytes, completion_bytes)]
+    prompts, completions = (np.empty(each[-1], dtype=np.uint8) for each in offsets)
+    into = memoryview(prompts), memoryview(completions)
+    spans = zip(descriptors.tolist(), starts.tolist(), *(pairwise(each.tolist()) for each in offsets), strict=True)
+    for descriptor, start, (first, end), (second, last) in spans:
+        os.preadv(descriptor, (into[0][first:end], into[1][second:last]), start)
+    return _string_array(offsets[0], prompts), _string_array(offsets[1], completions)
+
+
+# Arrow's own conversions import pandas to look at their argument, which takes longer than all of them.
+def _string_array(offsets: np.ndarray, data: np.ndarray) -> pa.LargeStringArray:
+    return pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data))
+
+
+def _integers(numbers: np.ndarray) -> pa.Int64Array:
+    return pa.Int64Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(numbers))])
+
+
+def _strings(texts: list[str | None]) -> pa.LargeStringArray:
+    encoded = [(text or "").encode() for text in texts]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    valid = np.packbits([text is not None for text in texts], bitorder="little")
+    buffers = (pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)), pa.py_buffer(valid))
+    return pa.LargeStringArray.from_buffers(len(texts), *buffers)
+
+
+def _before(lengths: list[int]) -> np.ndarray:
+    """How many come before each part."""
+    return np.cumsum([0, *lengths[:-1]])
+
+
+def _joined(places: list[np.ndarray], lengths: list[int]) -> np.ndarray:
+    """Places in each of some lists, -1 for none, as places in the lists joined."""
+    return np.concatenate(
+        [np.where(some < 0, some, some + first) for some, first in zip(places, _before(lengths), strict=True)]
+    )
 
 
 def draw_order(ids: list[Any], drawn: np.ndarray, seed: int, path: Path) -> np.ndarray:
@@ -266,7 +209,7 @@ def draw_order(ids: list[Any], drawn: np.ndarray, seed: int, path: Path) -> np.n
 
     Parameters
     ----------
-    ids : as `Batch` has them.
+    ids : as a `Part` has them.
     drawn : bool, of the same length.
 
     Raises
@@ -299,15 +242,18 @@ def _write(tables: Iterator[pa.Table], path: Path, metadata: dict[str, Any]) -> 
     with pq.ParquetWriter(
         path, schema, compression="zstd", compression_level=1, use_dictionary=["first_role"], write_statistics=numbers
     ) as writer:
-        for table in tables:
+        for table in _ahead(tables):
             writer.write_table(table)
 
 
-def _string_array(texts: Sequence[bytes], lengths: np.ndarray) -> pa.LargeStringArray:
-    """An Arrow array of UTF-8 texts without a Python string each."""
-    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return pa.LargeStringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+def _ahead(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, the next one gathered while one is compressed."""
+    iterator = iter(tables)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, iterator, None)
+        while (table := future.result()) is not None:
+            future = pool.submit(next, iterator, None)
+            yield table
 
 
 def _spells_number(text: str) -> bool:
@@ -320,12 +266,12 @@ def _spells_number(text: str) -> bool:
 
 def _id_object(identity: Any) -> str:
     """The id alone as a JSON object, in the file's own spelling where that can matter."""
-    return "{}" if identity is MISSING else f'{{"id":{_spelled(identity)}}}'
+    return "{}" if identity is Absent.ID else f'{{"id":{_spelled(identity)}}}'
 
 
 def _text_of_id(identity: Any) -> str | None:
     """An id as text: itself, or as JSON spells it; None where there is none."""
-    if identity is MISSING or identity is None or isinstance(identity, str):
+    if identity is Absent.ID or identity is None or isinstance(identity, str):
         return identity if isinstance(identity, str) else None
     return _spelled(identity)
 
@@ -337,22 +283,23 @@ def _spelled(value: Any) -> str:
     return _spell(value)
 
 
-def _refuse_too_many_malformed(path: Path, counts: Counts, largest_share: float) -> None:
-    malformed = sum(counts.malformed.values())
-    if malformed <= largest_share * counts.conversations_read:
+def _refuse_too_many_malformed(path: Path, counts: dict[str, Any], largest_share: float) -> None:
+    kinds, read = counts["malformed"], counts["conversations_read"]
+    malformed = sum(kinds.values())
+    if malformed <= largest_share * read:
         return
-    kinds = ", ".join(f"{kind} {number}" for kind, number in counts.malformed.most_common())
-    first = counts.malformed_examples[0]
+    first = counts["malformed_examples"][0]
     raise UserError(
-        f"{path} has {malformed:,} malformed records of {counts.conversations_read:,}, more than the share of "
-        f"{largest_share:g} allowed ({kinds}; the first is record {first['index']}, id {first['id']}: {first['detail']})",
+        f"{path} has {malformed:,} malformed records of {read:,}, more than the share of {largest_share:g} allowed "
+        f"({', '.join(f'{kind} {number:,}' for kind, number in kinds.items())}; "
+        f"the first is record {first['index']}, id {first['id']}: {first['detail']})",
         f"{SHAPE}. Mend the records, or raise dataset.max_malformed_share",
     )
 
 
-def _no_prompts(path: Path, counts: Counts) -> UserError:
-    steps = ", ".join(f"{step['step']}: {step['kept']:,}" for step in counts.steps)
-    cut = " (the file is cut off)" if counts.truncated else ""
+def _no_prompts(path: Path, counts: dict[str, Any]) -> UserError:
+    steps = ", ".join(f"{step['step']}: {step['kept']:,}" for step in counts["steps"])
+    cut = " (the file is cut off)" if counts["truncated"] else ""
     return UserError(
         f"No prompt is left of {path}{cut} ({steps})",
         "Lower dataset.min_chars, or use dataset.selection: article if the first messages are not a human's",

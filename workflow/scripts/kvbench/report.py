@@ -166,36 +166,38 @@ def _workload(
     figure = next((path for path in plots if Path(path).stem == f"bars-{name}"), None)
     main = words.throughput_column(cells[0])
     columns = [column for column in sorted(TABLE_COLUMNS, key=main.__ne__) if _worth_showing(column, cells)]
-    palette = colours(rows)
     dots, span = _strips(cells, repeats)
+    palette = colours(rows)
     return {
         "name": name,
         "span": span,
         "cold": cells[0]["protocol"] == "article",
         "words": words.workload_words(cells[0]),
         "figure": Markup(svg.inline(figure, f"figure-{index}", INKS)) if figure else None,
-        "findings": findings.workload_findings(rows, name),
+        "findings": findings.workload_findings(cells, name),
         "columns": [_heading(column, cells) for column in columns],
         "rows": [
-            {
-                "dots": dots[index],
-                "label": row["variant"],
-                "colour": palette[row["method"]],
-                "baseline": is_baseline(row, rows),
-                "simulated": bool(row.get("simulated")),
-                "status": row["status"],
-                "why": words.missing_words(row, 300),
-                "engine": row.get("engine"),
-                "repeats": row.get("repeats"),
-                "cells": [_cell(row, baseline_of(row, rows), column, cells) for column in columns],
-            }
-            for index, row in enumerate(cells)
+            _table_row(row, cells, columns) | {"dots": dots[place], "colour": palette[row["method"]]}
+            for place, row in enumerate(cells)
         ],
         "unmeasured": [
             words.QUANTITIES[column].name(device(cells))
             for column in TABLE_COLUMNS
             if all(row.get(column) is None for row in cells) and not column.startswith("article")
         ],
+    }
+
+
+def _table_row(row: Row, cells: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
+    base = baseline_of(row, cells)
+    return {
+        "label": row["variant"],
+        "baseline": is_baseline(row, cells),
+        "simulated": bool(row.get("simulated")),
+        "status": row["status"],
+        "why": words.missing_words(row, 300),
+        "repeats": row.get("repeats"),
+        "cells": [_cell(row, base, column, cells) for column in columns],
     }
 
 
@@ -243,15 +245,11 @@ def _cell(row: Row, base: Row | None, column: str, cells: Sequence[Row]) -> dict
 def _strips(cells: Sequence[Row], repeats: Sequence[Row]) -> tuple[list[list[tuple[float, str]]], str]:
     """Each cell's repeats as places (percent) on one scale with their throughput, and the scale's ends."""
     column = words.throughput_column(cells[0])
-    same = ("model", "method", "workload")
-    found = [
-        [
-            repeat[column]
-            for repeat in repeats
-            if repeat.get(column) is not None and all(repeat.get(key) == cell.get(key) for key in same)
-        ]
-        for cell in cells
-    ]
+    measured: dict[tuple[str, str], list[float]] = {}
+    for repeat in repeats:
+        if repeat["workload"] == cells[0]["workload"] and repeat.get(column) is not None:
+            measured.setdefault((repeat["model"], repeat["method"]), []).append(repeat[column])
+    found = [measured.get((cell["model"], cell["method"]), []) for cell in cells]
     every = [value for values in found for value in values]
     if not every:
         return [[] for _ in cells], ""

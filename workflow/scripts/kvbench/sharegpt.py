@@ -6,32 +6,26 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
+
+import orjson
 
 from kvbench.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+WINDOW_BYTES = 1 << 16
 SHAPE = 'A ShareGPT file is a JSON array of {"id": …, "conversations": [{"from": …, "value": …}, …]}'
 
-_GAP = re.compile(r"[ \t\n\r]*")
-_NEXT_RECORD = re.compile(r'[ \t\n\r]*,[ \t\n\r]*(\{[ \t\n\r]*"[^"\\]*")')
+_GAP = re.compile(rb"[ \t\n\r]*")
+_NEXT_RECORD = re.compile(rb'[ \t\n\r]*,[ \t\n\r]*(\{[ \t\n\r]*"[^"\\]*")')
 # What a value cut off in the middle leaves behind at the place where the decoder gives up.
-_CUT = re.compile(
-    r"[ \t\n\r]*(?:-|-?I\w{0,6}|Na?|n|nul?|t|tru?|f|fal?|fals|[.eE][+-]?|\\u[0-9a-fA-F]{0,4}|\\)?[ \t\n\r]*"
-)
+_CUT = re.compile(r"[ \t\n\r]*(?:-|-?I\w{0,6}|Na?|nu?l?|tr?u?|fa?l?s?|[.eE][+-]?)?[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
     """A JSON number as the file spells it, so that no digit is lost on the way."""
 
-    text: str
-
-
-class Message(NamedTuple):
-    """One message of a conversation; ``role`` is None where the file names none."""
-
-    role: str | None
     text: str
 
 
@@ -44,15 +38,20 @@ class Problem:
 
 
 class Records:
-    """The records of a JSON array one by one, in memory of one record and a chunk.
+    """The records of a JSON array one by one, in memory of a record and a chunk.
 
-    It reads what pandas reads: NaN, control characters and lone surrogates too. Numbers come as `Number`.
-    After the last record, ``truncated`` says whether the file ends before its array does, and ``bytes_left_out``
-    how many bytes of an unfinished record were left.
+    It reads what pandas reads: NaN, control characters and lone surrogates too. The numbers of an id come as `Number`.
+
+    The standard library's decoder knows where a value ends. Where what follows the last record occurs again, the
+    bytes up to there go to orjson, which is faster: if they are one whole value, it is that value; if not, or if it
+    is none that orjson reads like the decoder, the decoder reads it. After the last record, ``truncated`` says
+    whether the file ends before its array does, ``bytes_left_out`` how many bytes of an unfinished record were
+    left, and ``reached`` where reading ended.
 
     Parameters
     ----------
-    start : byte offset of a record to begin with; 0 for the beginning of the array.
+    start : byte offset of a record to begin with; None for the beginning of the array.
+    stop : no record is read that begins at this byte offset or later.
     index : number of the first record, for messages.
 
     Raises
@@ -61,151 +60,184 @@ class Records:
         (named by record and byte offset).
     """
 
-    def __init__(self, path: Path, start: int = 0, index: int = 0) -> None:
+    def __init__(self, path: Path, start: int | None = None, stop: int | None = None, index: int = 0) -> None:
         self.path = path
         self.truncated = False
         self.bytes_left_out = 0
+        self.between = b""  # from the last `}` of a record to the first key of the next, as last seen
+        self._start, self._stop, self._index = start, stop, index
         # Not strict: control characters inside strings are read as they are.
         decoder = json.JSONDecoder(parse_int=Number, parse_float=Number, strict=False)
         self._scan = decoder.scan_once  # type: ignore[attr-defined]
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._text = ""
-        self._position = 0  # in _text
-        self._start = self.bytes_read = start  # of the file, up to the end of _text
+        self._data = b""
+        self._position = 0  # in _data
+        self._offset = start or 0  # of _data in the file
         self._ended = False
-        self._index = index  # of the record being read
+
+    @property
+    def reached(self) -> int:
+        """Byte offset of what is read next."""
+        return self._offset + self._position
 
     def __iter__(self) -> Iterator[Any]:
         try:
             with open(self.path, "rb") as stream:
-                stream.seek(self._start)
-                if self._start == 0:
+                stream.seek(self._offset)
+                if self._start is None:
                     self._open_array(stream)
-                    if self._peek(stream) == "]":
+                    if self._peek(stream) == b"]":
                         return self._close(stream)
                 yield from self._values(stream)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise UserError(f"{self.path} is no file to read", "Fetch the dataset again") from error
 
-    def next_record(self) -> tuple[int, bytes] | None:
-        """Where the record after the last one begins, in bytes, and what is between them.
-
-        That is all from the last ``}`` to the first key; None where the text read so far does not hold it.
-        """
-        match = _NEXT_RECORD.match(self._text, self._position)
-        if match is None or self._text[self._position - 1] != "}":
-            return None
-        return self._offset(match.start(1)), self._text[self._position - 1 : match.end()].encode()
-
     def _open_array(self, stream: BinaryIO) -> None:
+        self._peek(stream)
+        if self._data.startswith(codecs.BOM_UTF8):
+            self._position = len(codecs.BOM_UTF8)
         first = self._peek(stream)
-        if first == "\ufeff":
+        if first == b"[":
             self._position += 1
-            first = self._peek(stream)
-        if first == "[":
-            self._position += 1
-            return
-        if first == "":
+        elif first == b"":
             raise UserError(f"{self.path} is empty", "Fetch the dataset again, or point the config at another file")
-        if first == "{":
+        elif first == b"{":
             raise UserError(
                 f"{self.path} holds an object where an array of conversations should be",
                 f"{SHAPE}; JSON Lines become one with `jq -s . in.jsonl > out.json`",
             )
-        raise UserError(f"{self.path} is no JSON array: it begins with {first!r}", SHAPE)
+        else:
+            self._decode(WINDOW_BYTES)
+            raise UserError(f"{self.path} is no JSON array: it begins with {first!r}", SHAPE)
 
     def _values(self, stream: BinaryIO) -> Iterator[Any]:
         while True:
+            yield from self._familiar()
             self._peek(stream)  # past the gap: the decoder takes none
+            if self._stop is not None and self.reached >= self._stop:
+                return
             found = self._value(stream)
             if found is None:
                 return self._truncate()
+            if following := _NEXT_RECORD.match(self._data, self._position):
+                self.between = self._data[self._position - 1 : following.end()]
             yield found[0]
             self._index += 1
             follows = self._peek(stream)
-            if follows == "]":
+            if follows == b"]":
                 self._position += 1
                 return self._close(stream)
-            if follows == "":
+            if follows == b"":
                 return self._truncate()
-            if follows != ",":
+            if follows != b",":
                 raise self._broken("Expecting ',' or ']' between records", self._position)
             self._position += 1
 
+    def _familiar(self) -> Iterator[Any]:
+        """The records from the position on that end as the last one did, as far as the data go."""
+        data, between = self._data, self.between
+        if not between.startswith(b"}"):
+            return
+        inside = between.index(b"{")
+        last = len(data) if self._stop is None else self._stop - self._offset
+        self._position = _GAP.match(data, self._position).end()  # type: ignore[union-attr]
+        while self._position < last and (end := data.find(between, self._position) + 1):
+            try:
+                value = orjson.loads(data[self._position : end])
+            except orjson.JSONDecodeError:
+                return
+            if not isinstance(value, dict) or not isinstance(value.get("id"), str | None):
+                return
+            yield value
+            self._index += 1
+            self._position = end - 1 + inside
+
     def _value(self, stream: BinaryIO) -> tuple[Any] | None:
         """Read the value at the position; None when the file ends inside it."""
+        size = WINDOW_BYTES
         while True:
+            text = self._decode(size)
+            whole = self._ended and self._position + size >= len(self._data)
             try:
-                value, end = self._scan(self._text, self._position)
-                # A number at the very end of the text may go on in the next chunk.
-                if end < len(self._text) or self._ended:
-                    self._position = end
+                value, end = self._scan(text, 0)
+                # A number at the very end of the text may go on after it.
+                if end < len(text) or whole:
+                    self._position += len(text[:end].encode())
                     return (value,)
             except StopIteration as error:
-                self._refuse_unless_cut("Expecting value", error.value)
+                self._refuse_unless_cut("Expecting value", text, error.value)
             except json.JSONDecodeError as error:
-                self._refuse_unless_cut(error.msg, error.pos)
+                self._refuse_unless_cut(error.msg, text, error.pos)
             except RecursionError as error:
                 raise self._broken("Nested too deeply", self._position) from error
-            if self._ended:
+            if whole:
                 return None
-            self._read(stream)
+            # Twice as much each time, so that a big record costs O(n).
+            size *= 2
+            while len(self._data) - self._position < size and not self._ended:
+                self._read(stream, size)
 
-    def _refuse_unless_cut(self, message: str, position: int) -> None:
-        """Raise unless an end of the text inside a value explains why the decoder stopped there."""
-        cut_string = message.startswith("Unterminated string")
-        cut_escape = message.startswith("Invalid \\u") and len(self._text) - position <= len("\\u1234")
-        if not (cut_string or cut_escape or _CUT.fullmatch(self._text, position)):
-            raise self._broken(message, position)
-
-    def _peek(self, stream: BinaryIO) -> str:
-        """The next character that is no white space, or "" at the end of the file."""
-        while True:
-            self._position = _GAP.match(self._text, self._position).end()  # type: ignore[union-attr]
-            if self._position < len(self._text):
-                return self._text[self._position]
-            if self._ended:
-                return ""
-            self._read(stream)
-
-    def _read(self, stream: BinaryIO) -> None:
-        """Drop what was read and append the next chunk: as long as what is left, so that big records cost O(n)."""
-        left = self._text[self._position :]
-        data = stream.read(max(CHUNK_BYTES, len(left)))
-        self._ended = not data
-        pending = len(self._decoder.getstate()[0])
+    def _decode(self, size: int) -> str:
+        """The text of ``size`` bytes from the position on, less an unfinished character at their end."""
         try:
-            self._text = left + self._decoder.decode(data)
+            return codecs.utf_8_decode(self._data[self._position : self._position + size], "strict", False)[0]
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} is not UTF-8 at byte {self.bytes_read + error.start}",
+                f"{self.path} is not UTF-8 at byte {self.reached + error.start}",
                 "Convert it, for example with `iconv -f LATIN1 -t UTF-8`, or unpack it if it is an archive",
             ) from error
-        self.bytes_read += len(data) + pending - len(self._decoder.getstate()[0])
-        self._position = 0
 
-    def _offset(self, position: int) -> int:
-        """Byte offset in the file of a position in the text."""
-        return self.bytes_read - len(self._text[position:].encode())
+    def _refuse_unless_cut(self, message: str, text: str, position: int) -> None:
+        """Raise unless an end of the text inside a value explains why the decoder stopped there."""
+        cut_string = message.startswith("Unterminated string")
+        cut_escape = message.startswith("Invalid \\u") and len(text) - position <= len("\\u1234")
+        if not (cut_string or cut_escape or _CUT.fullmatch(text, position)):
+            raise self._broken(message, self._position + len(text[:position].encode()))
+
+    def _peek(self, stream: BinaryIO) -> bytes:
+        """The next byte that is no white space, or b"" at the end of the file."""
+        while True:
+            self._position = _GAP.match(self._data, self._position).end()  # type: ignore[union-attr]
+            if self._position < len(self._data) or self._ended:
+                return self._data[self._position : self._position + 1]
+            self._read(stream, CHUNK_BYTES)
+
+    def _read(self, stream: BinaryIO, size: int) -> None:
+        """Drop what was read and append the next chunk."""
+        chunk = stream.read(max(CHUNK_BYTES, size))
+        self._ended = not chunk
+        self._offset += self._position
+        self._data = self._data[self._position :] + chunk
+        self._position = 0
 
     def _truncate(self) -> None:
         self.truncated = True
-        half_a_character = len(self._decoder.getstate()[0])
-        self.bytes_left_out = self.bytes_read + half_a_character - self._offset(self._position)
+        self.bytes_left_out = len(self._data) - self._position
 
     def _close(self, stream: BinaryIO) -> None:
-        if self._peek(stream) or self._decoder.getstate()[0]:
+        if self._peek(stream):
             raise self._broken("Something follows the end of the array", self._position)
 
     def _broken(self, message: str, position: int) -> UserError:
         return UserError(
-            f"{self.path} is broken JSON in record {self._index}, at byte {self._offset(position)}: {message}",
+            f"{self.path} is broken JSON in record {self._index}, at byte {self._offset + position}: {message}",
             "Fetch the file again, or mend that record",
         )
 
 
-def read_messages(record: Any) -> tuple[list[Message], Problem | None]:
-    """The messages of a record up to the first that cannot be read, and what is wrong with that one.
+def find_record(path: Path, offset: int, between: bytes) -> int | None:
+    """Byte offset of what looks like the beginning of a record at ``offset`` or later: the ``{`` of a ``between``."""
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        data = b""
+        while chunk := stream.read(CHUNK_BYTES):
+            data = data[-len(between) :] + chunk
+            if (found := data.find(between)) >= 0:
+                return stream.tell() - len(data) + found + between.index(b"{")
+    return None
+
+
+def read_texts(record: Any) -> tuple[list[str], Problem | None]:
+    """The texts of a record's messages up to the first that cannot be read, and what is wrong with that one.
 
     A text or id that UTF-8 cannot hold (a lone surrogate) counts as unreadable.
     """
@@ -219,36 +251,41 @@ def read_messages(record: Any) -> tuple[list[Message], Problem | None]:
     conversation = record["conversations"]
     if not isinstance(conversation, list):
         return [], Problem("conversations_not_a_list", f"it is {_kind(conversation)}")
-    messages: list[Message] = []
-    for number, message in enumerate(conversation):
-        try:
-            text = message["value"]
-        except (KeyError, TypeError):
-            text = None
-        if type(text) is not str or not (text.isascii() or _storable(text)):
-            return messages, _message_problem(message, number)
-        role = message.get("from")
-        messages.append(Message(role if isinstance(role, str) and _storable(role) else None, text))
-    return messages, None
+    try:
+        texts = [message["value"] for message in conversation]
+        if all(map(str.isascii, texts)) or _storable("".join(texts)):
+            return texts, None
+    except (KeyError, TypeError):
+        pass
+    problems = (_message_problem(message, number) for number, message in enumerate(conversation))
+    number, problem = next((number, problem) for number, problem in enumerate(problems) if problem)
+    return [message["value"] for message in conversation[:number]], problem
+
+
+def read_role(record: dict[str, Any], number: int) -> str | None:
+    """Who speaks in a readable message of a record; None where the file has no text for it."""
+    role = record["conversations"][number].get("from")
+    return role if isinstance(role, str) and _storable(role) else None
 
 
 def _storable(text: str) -> bool:
     """Whether UTF-8 can hold the text: it has no lone surrogate."""
     try:
-        text.isascii() or text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
-def _message_problem(message: Any, number: int) -> Problem:
+def _message_problem(message: Any, number: int) -> Problem | None:
     if not isinstance(message, dict):
         return Problem("message_not_an_object", f"message {number} is {_kind(message)}")
     if "value" not in message:
         return Problem("value_missing", f"message {number} has no value")
     if not isinstance(message["value"], str):
         return Problem("value_not_a_string", f"the value of message {number} is {_kind(message['value'])}")
-    return Problem("lone_surrogate", f"the value of message {number} has half a surrogate pair")
+    if not _storable(message["value"]):
+        return Problem("lone_surrogate", f"the value of message {number} has half a surrogate pair")
+    return None
 
 
 def _kind(value: Any) -> str:

@@ -63,7 +63,7 @@ def from_hub(wanted: Wanted) -> Got:
     """``{hub: owner/name, revision: <commit>, file?, sha256?}``: the files stay in the hub cache."""
     repo, revision = wanted.source["hub"], wanted.source["revision"]
     file, sha256 = wanted.source.get("file"), wanted.source.get("sha256")
-    download.check_revision(repo, revision)
+    download.check_pinned(repo, revision)
     if not file:
         if wanted.kind == "dataset":
             raise UserError(f"{wanted.name}: the source {repo} names no file", "Add `file` to it")
@@ -189,7 +189,7 @@ def fetch_model(
         facts = checkpoint.describe(folder, label)
         checkpoint.check_remote_code(folder, label, trusted=trust_remote_code, hub=hub)
         names = checkpoint.needed(folder, label, code=trust_remote_code, weights=not random)
-        tokenizer = None if random else _find_tokenizer(name, folder, tokenizer_from)
+        tokenizer = None if random else _find_tokenizer(folder, label, tokenizer_from)
         facts["chat_template"] = tokenizer is not None and checkpoint.has_chat_template(tokenizer)
         if wanted.scratch in folder.parents:
             _settle(folder, wanted.folder)
@@ -262,14 +262,14 @@ def _settle(folder: Path, target: Path) -> None:
         path.replace(target / path.name)
 
 
-def _find_tokenizer(name: str, folder: Path, tokenizer_from: Path | None) -> Path:
+def _find_tokenizer(folder: Path, label: str, tokenizer_from: Path | None) -> Path:
     if tokenizer_from is None:
         if checkpoint.has_tokenizer(folder):
             return folder
-        raise UserError(f"{name}: {folder} ships no tokenizer", "Name the model that lends it one as `base`")
+        raise UserError(f"{label} ships no tokenizer", "Name the model that lends it one as `base`")
     base = load_manifest(tokenizer_from)
     if base.tokenizer is None:
-        raise UserError(f"{name}: its base {base.name} has no tokenizer to lend", "Name a `base` that has one")
+        raise UserError(f"{base.name} has no tokenizer to lend {label}", "Name a `base` that has one")
     return base.tokenizer
 
 
@@ -277,7 +277,7 @@ def _find_tokenizer(name: str, folder: Path, tokenizer_from: Path | None) -> Pat
 
 
 def _write(output: Path, wanted: Wanted, got: Got, names: list[str], facts: dict[str, Any]) -> Manifest:
-    print(f"Hashing {len(names)} files of {wanted.name}", file=sys.stderr, flush=True)
+    print(f"Hashing the files of {wanted.name}", file=sys.stderr, flush=True)
     manifest = {
         "kind": wanted.kind,
         "name": wanted.name,

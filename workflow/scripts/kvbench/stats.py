@@ -84,11 +84,19 @@ def write(plan: dict[str, Any], folder: Path, outputs: dict[str, Path], provenan
     import pyarrow.csv
 
     measurements, stats = merge(plan, folder)
+    provenance = provenance | _machine(plan, folder)
     tables.write(outputs["measurements"], pa.Table.from_pylist(measurements, MEASUREMENTS), provenance)
     table = pa.Table.from_pylist(stats, STATS)
     tables.write(outputs["stats"], table, provenance)
     with files.atomic(outputs["csv"]) as temporary:
         pyarrow.csv.write_csv(table, temporary)
+
+
+def _machine(plan: dict[str, Any], folder: Path) -> Row:
+    """Versions, device and driver of the first cell's job; every cell of a run has the same but for a change since."""
+    cell = plan["cells"][0]
+    facts = tables.provenance_of(folder / "generation" / cell["model"] / cell["method"] / f"{cell['workload']}.parquet")
+    return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}
 
 
 def interval(values: list[float]) -> tuple[float | None, float | None]:
@@ -117,9 +125,9 @@ def _binomial(n: int, k: int) -> float:
 
 def _repeats(cell: Row, protocol: Row, folder: Path) -> list[Row]:
     """One row a repeat: generation joined with the prefill job's cache bytes, peak and (article) times."""
-    place = Path(cell["model"], cell["method"], cell["workload"])
-    prefill = files.read_json(folder / "prefill" / place.with_name(place.name + ".json"))
-    file = folder / "generation" / place.with_name(place.name + ".parquet")
+    variant = Path(cell["model"], cell["method"])
+    prefill = files.read_json(folder / "prefill" / variant / f"{cell['workload']}.json")
+    file = folder / "generation" / variant / f"{cell['workload']}.parquet"
     generation, facts = pq.read_table(file).to_pylist(), tables.provenance_of(file)
     bad = next((r for r in (generation[0], prefill) if r["status"] != "ok"), None)
     known = {name: cell[name] for name in _NAMES + _SHAPE} | {

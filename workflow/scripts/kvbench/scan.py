@@ -1,0 +1,188 @@
+"""One reading of a ShareGPT file under the rules of a selection: what each record is, and the kept texts on disk.
+
+A big file is read in parts, a process each. Where a part begins is guessed and then proved: the part before it must
+end at that very byte. If it does not, or a part cannot be read, the rest is read again in one piece.
+"""
+
+import multiprocessing
+import os
+from array import array
+from collections import Counter
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from kvbench.errors import UserError
+from kvbench.sharegpt import Problem, Records, find_record, read_role, read_texts
+
+Selection = Literal["article", "human_first"]
+
+HUMAN_ROLES = frozenset({"human", "user"})
+NO_ASSISTANT_ROLES = HUMAN_ROLES | {"system", "developer", "tool", "function"}
+EXAMPLES_PER_KIND = 5
+
+# A smaller part is not worth a process, and more processes are not worth their memory.
+PART_BYTES = 32 << 20
+MOST_PARTS = 4
+
+# What is known of a kept conversation, in the order of the numbers of a `Part`.
+NUMBERS = ("source_index", "row", "prompt_chars", "completion_chars", "turns", "conversation_chars")
+SPANS = ("start", "prompt_bytes", "completion_bytes")
+
+
+class Absent(Enum):
+    """Stands for an id that a record does not have."""
+
+    ID = "absent"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How to select: least characters a text, seed of the shuffle, largest share of malformed records in [0, 1]."""
+
+    selection: Selection
+    seed: int
+    min_chars: int
+    max_malformed_share: float
+
+
+@dataclass
+class Part:
+    """What one process read.
+
+    ``ids``, ``drawn`` (1 if it takes part in the shuffle) and ``kept`` (its number among the conversations kept,
+    or -1) have a row for every record that is an object. ``numbers`` has `NUMBERS` and `SPANS` for each
+    conversation kept, ``roles`` who spoke first in it; its prompt and completion lie in the file ``texts``.
+    """
+
+    texts: Path
+    reached: int = 0
+    truncated: bool = False
+    bytes_left_out: int = 0
+    read: int = 0
+    two_messages: int = 0
+    readable: int = 0
+    human_first: int = 0
+    ids: list[Any] = field(default_factory=list)
+    drawn: bytearray = field(default_factory=bytearray)
+    kept: "array[int]" = field(default_factory=lambda: array("q"))
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+    roles: list[str | None] = field(default_factory=list)
+    malformed: Counter[str] = field(default_factory=Counter)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, problem: Problem, identity: Any) -> None:
+        """Count a malformed record, the one being read, and keep it as an example if its kind has few."""
+        self.malformed[problem.kind] += 1
+        if self.malformed[problem.kind] <= EXAMPLES_PER_KIND:
+            shown = identity if identity is None or isinstance(identity, str) else repr(identity)
+            shown = shown and shown.encode("utf-8", "backslashreplace").decode()
+            self.examples.append({"kind": problem.kind, "index": self.read, "id": shown, "detail": problem.detail})
+
+    def table(self) -> np.ndarray:
+        """The numbers, int64 [conversations kept, columns]."""
+        return np.frombuffer(self.numbers, dtype=np.int64).reshape(-1, len(NUMBERS) + len(SPANS))
+
+
+def scan(path: Path, rules: Rules, folder: Path) -> list[Part]:
+    """Read the file; the parts follow one another and hold all of it.
+
+    Parameters
+    ----------
+    folder : for the texts.
+
+    Raises
+    ------
+    UserError : see `Records`.
+    """
+    starts = _guess_starts(path)
+    if len(starts) == 1:
+        return [scan_part(path, rules, folder / "0")]
+    parts: list[Part] = []
+    # Forked, so that a process starts in milliseconds and shares what is imported.
+    with ProcessPoolExecutor(len(starts), multiprocessing.get_context("fork")) as pool:
+        futures = [
+            pool.submit(scan_part, path, rules, folder / str(number), start, stop)
+            for number, (start, stop) in enumerate(pairwise([*starts, None]))
+        ]
+        for start, future in zip(starts, futures, strict=True):
+            if parts and parts[-1].reached != start:
+                break
+            part = _result(future)
+            if part is None:
+                break
+            parts.append(part)
+    if len(parts) < len(starts):
+        reached = parts[-1].reached if parts else None
+        read = sum(part.read for part in parts)
+        parts.append(scan_part(path, rules, folder / "rest", reached, first_index=read))
+    return parts
+
+
+def scan_part(
+    path: Path, rules: Rules, texts: Path, start: int | None = None, stop: int | None = None, first_index: int = 0
+) -> Part:
+    """Read the records from byte ``start`` on (None: the beginning) that begin before ``stop``; see `Records`."""
+    part, records, end = Part(texts), Records(path, start, stop, first_index), 0
+    with open(texts, "wb", buffering=1 << 18) as spool:
+        for record in records:
+            found, problem = read_texts(record)
+            identity = record.get("id", Absent.ID) if isinstance(record, dict) else None
+            if problem:
+                part.note(problem, None if identity is Absent.ID else identity)
+            if isinstance(record, dict):
+                if _classify(part, record, identity, found, rules):
+                    prompt, completion = found[0].encode(), found[1].encode()
+                    chars = sum(map(len, found))
+                    numbers = part.read, len(part.ids) - 1, len(found[0]), len(found[1]), len(found), chars
+                    part.numbers.extend((*numbers, end, len(prompt), len(completion)))
+                    end += spool.write(prompt) + spool.write(completion)
+            part.read += 1
+    part.reached, part.truncated, part.bytes_left_out = records.reached, records.truncated, records.bytes_left_out
+    return part
+
+
+def _classify(part: Part, record: dict[str, Any], identity: Any, texts: list[str], rules: Rules) -> bool:
+    """Add a row for the record; whether it is kept."""
+    conversation = record.get("conversations")
+    two_messages = isinstance(conversation, list) and len(conversation) >= 2
+    readable = len(texts) >= 2
+    first_role = read_role(record, 0) if readable else None
+    human_first = first_role in HUMAN_ROLES and read_role(record, 1) not in NO_ASSISTANT_ROLES | {None}
+    # A malformed record keeps its place in the article's shuffle, so that it moves no other.
+    drawn = two_messages if rules.selection == "article" else human_first
+    kept = drawn and readable and len(texts[0]) >= rules.min_chars and len(texts[1]) >= rules.min_chars
+    part.two_messages += two_messages
+    part.readable += readable
+    part.human_first += human_first
+    part.ids.append(identity)
+    part.drawn.append(drawn)
+    part.kept.append(len(part.roles) if kept else -1)
+    if kept:
+        part.roles.append(first_role)
+    return kept
+
+
+def _guess_starts(path: Path) -> list[int | None]:
+    """Where the parts begin: None for the first, then what look like beginnings of records, evenly apart."""
+    starts: list[int | None] = [None]
+    records = Records(path)
+    for _ in islice(records, 1):
+        size = os.path.getsize(path)
+        parts = min(MOST_PARTS, os.cpu_count() or 1, size // PART_BYTES)
+        if records.between.startswith(b"}") and "fork" in multiprocessing.get_all_start_methods():
+            guesses = (find_record(path, size * part // parts, records.between) for part in range(1, parts))
+            starts += sorted({guess for guess in guesses if guess is not None})
+    return starts
+
+
+def _result(future: "Future[Part]") -> Part | None:
+    try:
+        return future.result()
+    except UserError:
+        return None  # it may have begun inside a record, and does not know the number of its first
