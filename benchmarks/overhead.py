@@ -41,9 +41,7 @@ def rows() -> list[str]:
         facts = facts_of(ROOT / "results" / job)
         parts = [facts.get(name) for name in ("import_s", "load_s", "work_s")]
         if all(part is not None for part in parts):
-            imported, loaded, worked = parts
-            measured = worked - imported - loaded
-            cells = f"{imported:7.2f} {loaded:7.2f} {measured:8.2f} {wall - worked:7.2f}"
+            cells = f"{parts[0]:7.2f} {parts[1]:7.2f} {parts[2]:8.2f} {wall - sum(parts):7.2f}"
         else:
             cells = " " * 32
         found.append(f"{job!s:58} {wall:7.2f} {cells}")

@@ -82,7 +82,7 @@ rule outputs:
         variant=variant_of,
         loading=loading_of,
         protocol=canonical({"name": CONFIG.protocol.name}),
-        count=CONFIG.outputs.prompts,
+        prompts_count=CONFIG.outputs.prompts,
         new_tokens=CONFIG.outputs.new_tokens,
         max_prompt_tokens=CONFIG.outputs.max_prompt_tokens,
         prompts=lambda wildcards, input: (
@@ -90,7 +90,7 @@ rule outputs:
         ),
         provenance=code("outputs"),
     shell:
-        "{PYTHON} {SCRIPTS}/outputs.py --manifest {input.manifest} {params.prompts} --count {params.count}"
+        "{PYTHON} {SCRIPTS}/outputs.py --manifest {input.manifest} {params.prompts} --count {params.prompts_count}"
         " --new-tokens {params.new_tokens} --max-prompt-tokens {params.max_prompt_tokens}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
         " --provenance {params.provenance:q} --output {output.texts} 2>&1 | tee {log}"

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 
 from kvbench import errors, prompts
@@ -20,6 +22,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="Parquet file of the prompts")
     parser.add_argument("--counts", type=Path, required=True, help="JSON file of what each step kept")
     options = parser.parse_args()
+    # a job that is cancelled cleans up after itself like one that fails
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     prompts.run(
         options.manifest,
         options.output,

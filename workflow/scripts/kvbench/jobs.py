@@ -163,14 +163,17 @@ def _run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., N
     known = job.provenance | {"variant": job.variant, "protocol": job.protocol, "loading": job.loading}
 
     def child() -> None:
+        begun = time.perf_counter()
         from kvbench import device as devices
 
-        facts = known | {"versions": versions()}
+        imported = time.perf_counter() - begun
+        facts = known | {"versions": versions(), "import_s": imported, "load_s": 0.0}
         with devices.exclusive() as device:
             facts |= devices.describe(device) | {"torch_device": str(device)}
             begun = time.perf_counter()
             status, reason, result = _attempt(lambda: work(facts))
-            facts["work_s"] = time.perf_counter() - begun
+            elapsed = time.perf_counter() - begun
+            facts["work_s"] = elapsed - facts["load_s"] - (facts["import_s"] - imported)
         if reason is not None:
             print(f"{job.output}: {status}: {reason}", flush=True)
         write(status, reason, facts, result)
@@ -202,6 +205,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _ready(job: Job, facts: dict[str, Any]) -> Ready:
+    begun = time.perf_counter()
     import torch
 
     from kvbench import methods
@@ -214,6 +218,7 @@ def _ready(job: Job, facts: dict[str, Any]) -> Ready:
         "model_files": {f["path"]: f["sha256"] for f in manifest.files},
     }
     method = methods.build(job.variant["spec"])
+    facts["import_s"] += time.perf_counter() - begun
     loaded = load_model(manifest, job.loading["dtype"], job.loading["attention"], torch.device(facts["torch_device"]))
     facts |= {
         "load_s": loaded.load_s,

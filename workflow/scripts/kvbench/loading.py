@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvbench.manifest import Manifest, check_manifest_files
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, and what it took: seconds of import and of load, bytes of weights."""
+    """A model ready to run, and what it took: seconds of load, bytes of weights."""
 
     model: Any
-    import_s: float
     load_s: float
     weights_bytes: int
 
@@ -32,10 +33,6 @@ def load_model(manifest: Manifest, dtype: str, attention: str, device: torch.dev
     UserError : files of the manifest are gone.
     torch.OutOfMemoryError : the weights do not fit.
     """
-    begun = time.perf_counter()
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     check_manifest_files(manifest)
@@ -57,7 +54,7 @@ def load_model(manifest: Manifest, dtype: str, attention: str, device: torch.dev
     model.eval()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return Loaded(model, start - begun, time.perf_counter() - start, _weights_bytes(model))
+    return Loaded(model, time.perf_counter() - start, _weights_bytes(model))
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:

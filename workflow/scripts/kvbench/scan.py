@@ -6,16 +6,17 @@ end at that very byte. If it does not, or a part cannot be read, the rest is rea
 
 import multiprocessing
 import os
+import signal
 from array import array
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice, pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from kvbench.errors import UserError
 from kvbench.sharegpt import Problem, Records, find_record, read_role, read_texts
@@ -28,7 +29,7 @@ EXAMPLES_PER_KIND = 5
 
 # A smaller part is not worth a process, and more processes are not worth their memory.
 PART_BYTES = 32 << 20
-MOST_PARTS = 4
+MOST_PARTS = 8
 
 # What is known of a kept conversation, in the order of the numbers of a `Part`.
 NUMBERS = ("source_index", "row", "prompt_chars", "completion_chars", "turns", "conversation_chars")
@@ -67,7 +68,6 @@ class Part:
     read: int = 0
     two_messages: int = 0
     readable: int = 0
-    human_first: int = 0
     ids: list[Any] = field(default_factory=list)
     drawn: bytearray = field(default_factory=bytearray)
     kept: "array[int]" = field(default_factory=lambda: array("q"))
@@ -84,13 +84,10 @@ class Part:
             shown = shown and shown.encode("utf-8", "backslashreplace").decode()
             self.examples.append({"kind": problem.kind, "index": self.read, "id": shown, "detail": problem.detail})
 
-    def table(self) -> np.ndarray:
-        """The numbers, int64 [conversations kept, columns]."""
-        return np.frombuffer(self.numbers, dtype=np.int64).reshape(-1, len(NUMBERS) + len(SPANS))
 
-
-def scan(path: Path, rules: Rules, folder: Path) -> list[Part]:
-    """Read the file; the parts follow one another and hold all of it.
+@contextmanager
+def scan(path: Path, rules: Rules, folder: Path) -> Iterator[Callable[[], list[Part]]]:
+    """Start to read the file; the function given waits for the parts, which follow one another and hold all of it.
 
     Parameters
     ----------
@@ -102,25 +99,38 @@ def scan(path: Path, rules: Rules, folder: Path) -> list[Part]:
     """
     starts = _guess_starts(path)
     if len(starts) == 1:
-        return [scan_part(path, rules, folder / "0")]
-    parts: list[Part] = []
+        yield lambda: [scan_part(path, rules, folder / "0")]
+        return
     # Forked, so that a process starts in milliseconds and shares what is imported.
-    with ProcessPoolExecutor(len(starts), multiprocessing.get_context("fork")) as pool:
-        futures = [
-            pool.submit(scan_part, path, rules, folder / str(number), start, stop)
-            for number, (start, stop) in enumerate(pairwise([*starts, None]))
-        ]
-        for start, future in zip(starts, futures, strict=True):
-            if parts and parts[-1].reached != start:
-                break
-            part = _result(future)
-            if part is None:
-                break
-            parts.append(part)
-    if len(parts) < len(starts):
-        reached = parts[-1].reached if parts else None
-        read = sum(part.read for part in parts)
-        parts.append(scan_part(path, rules, folder / "rest", reached, first_index=read))
+    forking = multiprocessing.get_context("fork")
+    processes, results = [], []
+    try:
+        for number, (start, stop) in enumerate(pairwise([*starts, None])):
+            receiver, sender = forking.Pipe(duplex=False)
+            arguments = (sender, path, rules, folder / str(number), start, stop)
+            processes.append(forking.Process(target=_send_part, args=arguments, daemon=True))
+            processes[-1].start()
+            sender.close()
+            results.append(receiver)
+        yield lambda: _collect(path, rules, folder, starts, results)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _collect(
+    path: Path, rules: Rules, folder: Path, starts: list[int | None], results: "list[Connection[Any, Any]]"
+) -> list[Part]:
+    """The parts as far as each begins where the one before ends, and then the rest in one piece."""
+    parts: list[Part] = []
+    for start, result in zip(starts, results, strict=True):
+        part = _receive(result) if not parts or parts[-1].reached == start else None
+        if part is None:
+            reached = parts[-1].reached if parts else None
+            read = sum(part.read for part in parts)
+            return [*parts, scan_part(path, rules, folder / "rest", reached, first_index=read)]
+        parts.append(part)
     return parts
 
 
@@ -135,13 +145,12 @@ def scan_part(
             identity = record.get("id", Absent.ID) if isinstance(record, dict) else None
             if problem:
                 part.note(problem, None if identity is Absent.ID else identity)
-            if isinstance(record, dict):
-                if _classify(part, record, identity, found, rules):
-                    prompt, completion = found[0].encode(), found[1].encode()
-                    chars = sum(map(len, found))
-                    numbers = part.read, len(part.ids) - 1, len(found[0]), len(found[1]), len(found), chars
-                    part.numbers.extend((*numbers, end, len(prompt), len(completion)))
-                    end += spool.write(prompt) + spool.write(completion)
+            if isinstance(record, dict) and _classify(part, record, identity, found, rules):
+                prompt, completion = found[0].encode(), found[1].encode()
+                chars = sum(map(len, found))
+                numbers = part.read, len(part.ids) - 1, len(found[0]), len(found[1]), len(found), chars
+                part.numbers.extend((*numbers, end, len(prompt), len(completion)))
+                end += spool.write(prompt) + spool.write(completion)
             part.read += 1
     part.reached, part.truncated, part.bytes_left_out = records.reached, records.truncated, records.bytes_left_out
     return part
@@ -152,20 +161,21 @@ def _classify(part: Part, record: dict[str, Any], identity: Any, texts: list[str
     conversation = record.get("conversations")
     two_messages = isinstance(conversation, list) and len(conversation) >= 2
     readable = len(texts) >= 2
-    first_role = read_role(record, 0) if readable else None
-    human_first = first_role in HUMAN_ROLES and read_role(record, 1) not in NO_ASSISTANT_ROLES | {None}
     # A malformed record keeps its place in the article's shuffle, so that it moves no other.
-    drawn = two_messages if rules.selection == "article" else human_first
+    drawn = two_messages if rules.selection == "article" else readable and _is_question_and_answer(record)
     kept = drawn and readable and len(texts[0]) >= rules.min_chars and len(texts[1]) >= rules.min_chars
     part.two_messages += two_messages
     part.readable += readable
-    part.human_first += human_first
     part.ids.append(identity)
     part.drawn.append(drawn)
     part.kept.append(len(part.roles) if kept else -1)
     if kept:
-        part.roles.append(first_role)
+        part.roles.append(read_role(record, 0))
     return kept
+
+
+def _is_question_and_answer(record: dict[str, Any]) -> bool:
+    return read_role(record, 0) in HUMAN_ROLES and read_role(record, 1) not in NO_ASSISTANT_ROLES | {None}
 
 
 def _guess_starts(path: Path) -> list[int | None]:
@@ -173,7 +183,7 @@ def _guess_starts(path: Path) -> list[int | None]:
     starts: list[int | None] = [None]
     records = Records(path)
     for _ in islice(records, 1):
-        size = os.path.getsize(path)
+        size = path.stat().st_size
         parts = min(MOST_PARTS, os.cpu_count() or 1, size // PART_BYTES)
         if records.between.startswith(b"}") and "fork" in multiprocessing.get_all_start_methods():
             guesses = (find_record(path, size * part // parts, records.between) for part in range(1, parts))
@@ -181,8 +191,20 @@ def _guess_starts(path: Path) -> list[int | None]:
     return starts
 
 
-def _result(future: "Future[Part]") -> Part | None:
+def _send_part(
+    sender: "Connection[Any, Any]", path: Path, rules: Rules, texts: Path, start: int | None, stop: int | None
+) -> None:
+    """Send a part; None if it cannot be read: it may begin inside a record, and does not know its first's number."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        return future.result()
+        sender.send(scan_part(path, rules, texts, start, stop))
     except UserError:
-        return None  # it may have begun inside a record, and does not know the number of its first
+        sender.send(None)
+
+
+def _receive(result: "Connection[Any, Any]") -> Part | None:
+    """A process's part; None if it sent none, or was killed before."""
+    try:
+        return result.recv()
+    except EOFError:
+        return None

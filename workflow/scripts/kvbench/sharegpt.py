@@ -40,7 +40,8 @@ class Problem:
 class Records:
     """The records of a JSON array one by one, in memory of a record and a chunk.
 
-    It reads what pandas reads: NaN, control characters and lone surrogates too. The numbers of an id come as `Number`.
+    It reads what pandas reads: NaN, control characters and lone surrogates too. In an id, a number that is no integer
+    of 64 bits comes as `Number`.
 
     The standard library's decoder knows where a value ends. Where what follows the last record occurs again, the
     bytes up to there go to orjson, which is faster: if they are one whole value, it is that value; if not, or if it
@@ -124,7 +125,6 @@ class Records:
             self._index += 1
             follows = self._peek(stream)
             if follows == b"]":
-                self._position += 1
                 return self._close(stream)
             if follows == b"":
                 return self._truncate()
@@ -145,7 +145,7 @@ class Records:
                 value = orjson.loads(data[self._position : end])
             except orjson.JSONDecodeError:
                 return
-            if not isinstance(value, dict) or not isinstance(value.get("id"), str | None):
+            if not isinstance(value, dict) or not isinstance(value.get("id"), str | int | None):
                 return
             yield value
             self._index += 1
@@ -214,6 +214,7 @@ class Records:
         self.bytes_left_out = len(self._data) - self._position
 
     def _close(self, stream: BinaryIO) -> None:
+        self._position += 1
         if self._peek(stream):
             raise self._broken("Something follows the end of the array", self._position)
 
@@ -244,7 +245,7 @@ def read_texts(record: Any) -> tuple[list[str], Problem | None]:
     if not isinstance(record, dict):
         return [], Problem("record_not_an_object", f"it is {_kind(record)}")
     identity = record.get("id")
-    if isinstance(identity, str) and not _storable(identity):
+    if isinstance(identity, str) and not (identity.isascii() or _storable(identity)):
         return [], Problem("lone_surrogate", "its id has half a surrogate pair")
     if "conversations" not in record:
         return [], Problem("conversations_missing", f"its keys are {', '.join(record) or 'none'}")
@@ -265,15 +266,16 @@ def read_texts(record: Any) -> tuple[list[str], Problem | None]:
 def read_role(record: dict[str, Any], number: int) -> str | None:
     """Who speaks in a readable message of a record; None where the file has no text for it."""
     role = record["conversations"][number].get("from")
-    return role if isinstance(role, str) and _storable(role) else None
+    return role if isinstance(role, str) and (role.isascii() or _storable(role)) else None
 
 
 def _storable(text: str) -> bool:
     """Whether UTF-8 can hold the text: it has no lone surrogate."""
     try:
-        return text.isascii() or bool(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _message_problem(message: Any, number: int) -> Problem | None:

@@ -228,7 +228,8 @@ def _long(
         texts = [(prompt, _render(tokenizer, messages)) for prompt, messages in batch]
         texts = [(prompt, text) for prompt, text in texts if len(text.encode()) + added >= tokens]
         if texts:
-            encoded = tokenizer([text for _, text in texts], add_special_tokens=special)["input_ids"]
+            # Not verbose: a text longer than the context is cut below.
+            encoded = tokenizer([text for _, text in texts], add_special_tokens=special, verbose=False)["input_ids"]
             for (prompt, _), ids in zip(texts, encoded, strict=True):
                 if len(ids) >= tokens:
                     yield _row(ids[:tokens], prompt, text_from)
