@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kvbench import prompts, workload
+from kvbench import batch, prompts, workload
 from kvbench.errors import UserError
 from kvbench.scan import Rules
 from kvbench.workload import Request
@@ -85,7 +85,7 @@ def make(tmp_path, tokenizer_folder):
         run.path, run.prompts, run.tokenizer = tmp_path / "w.parquet", rows, AutoTokenizer.from_pretrained(folder)
         asked = {"batch_size": 2, "prompt_tokens": 64, "new_tokens": 8, "padding": "none", "seed": 1, **request}
         workload.run(model, rows, dataset, Request(**asked), run.path, {"code": "abc"})
-        return workload.load(run.path), pq.read_table(run.path).to_pylist()
+        return batch.load(run.path), pq.read_table(run.path).to_pylist()
 
     return run
 
@@ -225,7 +225,7 @@ def test_no_workload_is_refused(tmp_path, make):
     make()
     for path in (tmp_path / "missing.parquet", make.prompts, tmp_path / "chats.json"):
         with pytest.raises(UserError, match="is no workload"):
-            workload.load(path)
+            batch.load(path)
 
 
 # --- random ids ---
@@ -234,7 +234,7 @@ def test_no_workload_is_refused(tmp_path, make):
 def run_random(model, tmp_path, **request):
     asked = {"batch_size": 6, "prompt_tokens": 64, "new_tokens": 8, "padding": "none", "seed": 1, **request}
     workload.run(model, None, None, Request(**asked), tmp_path / "w.parquet", {})
-    return workload.load(tmp_path / "w.parquet"), pq.read_table(tmp_path / "w.parquet").to_pylist()
+    return batch.load(tmp_path / "w.parquet"), pq.read_table(tmp_path / "w.parquet").to_pylist()
 
 
 def test_random_ids(random_model, tmp_path):
@@ -272,7 +272,7 @@ def test_longer_than_the_context_is_refused_before_anything_else(random_model, t
     assert last.startswith("error: 500 prompt and 13 new tokens are 513, more than the context of shapes, 512 tokens.")
     command[command.index("13")] = "12"
     subprocess.run(command, check=True, timeout=120, capture_output=True)
-    assert len(workload.load(tmp_path / "w.parquet").rows) == 2
+    assert len(batch.load(tmp_path / "w.parquet").rows) == 2
 
 
 def test_a_model_with_a_tokenizer_needs_prompts(tmp_path, tokenizer_folder):

@@ -26,6 +26,16 @@ CELLS = grid.cells(CONFIG)
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
 
 
+# what needs the network, which compute nodes often lack, or takes a second
+localrules:
+    fetch_model,
+    fetch_dataset,
+    plan,
+    stats,
+    bars,
+    report,
+
+
 wildcard_constraints:
     model=configs.NAME,
     method=configs.NAME,

@@ -30,6 +30,8 @@ rule prefill:
     threads: 8
     resources:
         gpu=1,
+        mem_mb=16000,
+        runtime=60,
     params:
         **MEASURE,
     shell:
@@ -53,6 +55,8 @@ rule generation:
     threads: 8
     resources:
         gpu=1,
+        mem_mb=16000,
+        runtime=60,
     params:
         **MEASURE,
     shell:
@@ -78,6 +82,8 @@ rule outputs:
     threads: 8
     resources:
         gpu=1,
+        mem_mb=16000,
+        runtime=60,
     params:
         variant=variant_of,
         loading=loading_of,

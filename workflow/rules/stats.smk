@@ -1,10 +1,6 @@
 # Every cell's files become two tables: one row a repeat, and one row a cell.
 
 
-localrules:
-    plan,
-
-
 rule plan:
     # a file, because a thousand cells do not fit on a command line
     output:

@@ -222,7 +222,6 @@ def _ready(job: Job, facts: dict[str, Any]) -> Ready:
     loaded = load_model(manifest, job.loading["dtype"], job.loading["attention"], torch.device(facts["torch_device"]))
     facts |= {
         "load_s": loaded.load_s,
-        "import_s": loaded.import_s,
         "weights_bytes": loaded.weights_bytes,
         "dtype": str(loaded.model.dtype),
     }
@@ -233,10 +232,10 @@ def _ready(job: Job, facts: dict[str, Any]) -> Ready:
 def _batch(path: Path, facts: dict[str, Any]) -> Any:
     import torch
 
-    from kvbench import workload
+    from kvbench import batch
     from kvbench.measure import Batch
 
-    loaded = workload.load(path)
+    loaded = batch.load(path)
     facts |= {"workload": tables.provenance_of(path), "workload_sha256": files.sha256(path)}
     ids, mask = loaded.arrays()
     device = facts["torch_device"]
