@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONPATH := workflow/scripts
 
-.PHONY: help setup run test test-gpu lint format bench schema clean
+.PHONY: help setup run test test-gpu test-slurm lint format bench figures schema clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s "$$(printf '\t')"
@@ -41,6 +41,12 @@ format: setup ## rewrite the code in its style
 bench: setup ## the pipeline's own speed
 	$(BIN)/python benchmarks/prompts_stage.py
 	$(BIN)/python benchmarks/overhead.py
+
+figures: run ## the README's picture, from a run on this machine
+	mkdir -p docs && cp results/plots/bars-long.svg docs/
+
+test-slurm: setup ## the cluster profile on a Slurm of its own; root on Debian
+	PATH="$(CURDIR)/$(BIN):$$PATH" KVBENCH_SLURM=1 pytest tests/workflow/test_slurm.py
 
 schema: setup ## config/schema.json, after a change of the config's model
 	$(BIN)/python workflow/scripts/schema.py config/schema.json

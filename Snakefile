@@ -31,4 +31,4 @@ onsuccess:
 
 
 onerror:
-    print(last_error(), file=sys.stderr)
+    say_last(last_error())

@@ -26,30 +26,32 @@ def test_the_articles_experiment(tmp_path: Path) -> None:
         "fetch_model": 2, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 3, "generation": 3,
         "outputs": 3, "plan": 1, "stats": 1, "bars": 1, "report": 1,
     }  # fmt: skip
-    commands = [line.strip() for line in done.output.splitlines() if "/workflow/scripts/" in line]
+    commands = [
+        line.partition("Shell command: ")[2] for line in done.output.splitlines() if "Shell command: kvbench" in line
+    ]
 
     def command(*words: str) -> str:
         (found,) = [line for line in commands if all(word in line for word in words)]
         return found
 
-    base = command("fetch.py model --name qwen3-8b ")
+    base = command("kvbench fetch model --name qwen3-8b ")
     assert "b968826d9c46dd6066d109eabc6255188de91218" in base and "trust-remote-code" not in base
-    dms = command("fetch.py model --name qwen3-8b-dms ")
+    dms = command("kvbench fetch model --name qwen3-8b-dms ")
     assert "da1535fc3bfb52fa340eca692a7e4e650f98838d" in dms and "--trust-remote-code" in dms
     assert "--tokenizer-from results/models/qwen3-8b/manifest.json" in dms
-    data = command("fetch.py dataset")
+    data = command("kvbench fetch dataset")
     assert "192ab2185289094fc556ec8ce5ce1e8e587154ca" in data and "35f0e213ce091ed9b9" in data
-    assert "--selection article --seed 4387 --min-chars 10" in command("prompts.py")
-    batch = command("workload.py")
+    assert "--selection article --seed 4387 --min-chars 10" in command("kvbench prompts ")
+    batch = command("kvbench workload ")
     assert "--batch-size 64 --prompt-tokens 1024 --new-tokens 100 --padding article" in batch
     for method, model in (("baseline", "qwen3-8b"), ("knorm-0.8", "qwen3-8b"), ("dms-8x", "qwen3-8b-dms")):
         for stage, suffix in (("prefill", "json"), ("generation", "parquet")):
-            job = command(f"measure.py {stage}", f"results/{stage}/{model}/{method}/article.{suffix}")
+            job = command(f"kvbench measure {stage}", f"results/{stage}/{model}/{method}/article.{suffix}")
             assert f"--manifest results/models/{model}/manifest.json" in job
             assert "--workload results/workloads/qwen3-8b/article.parquet" in job  # the same token ids for all three
-        texts = command("outputs.py", f"results/outputs/{model}/{method}.parquet")
+        texts = command("kvbench outputs ", f"results/outputs/{model}/{method}.parquet")
         assert "--count 10 --new-tokens 100 --max-prompt-tokens 1024" in texts
-    assert '"compression_ratio":0.8' in command("measure.py generation", "knorm-0.8")
+    assert '"compression_ratio":0.8' in command("kvbench measure generation", "knorm-0.8")
 
 
 @pytest.mark.parametrize("entry", ["Snakefile", "workflow/Snakefile"])

@@ -1,11 +1,11 @@
 # The config, validated once; where things lie; and what each job depends on, as strings that change when it does.
+import atexit
 import re
 import sys
+import time
 from pathlib import Path
 
-SCRIPTS = (
-    Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "scripts"
-)
+SCRIPTS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from kvbench import config as configs
@@ -13,17 +13,27 @@ from kvbench import grid, stats
 from kvbench.errors import UserError
 from kvbench.provenance import canonical, fingerprint
 
+
+def say_last(text):
+    """Print to stderr when Snakemake has said all its own words, so that the cause is the last line that one reads."""
+    atexit.register(lambda: print(text, file=sys.stderr))
+
+
 try:
     CONFIG = configs.load(config, [str(file) for file in workflow.configfiles])
 except UserError as error:
-    raise WorkflowError(str(error)) from None
+    say_last(f"error: {error}")
+    raise WorkflowError("the config is not valid") from None
 
+STARTED = time.time()
 RESULTS = CONFIG.results
 DATASET = CONFIG.dataset.name
 VARIANTS = grid.variants(CONFIG)
 CELLS = grid.cells(CONFIG)
 # inside a deployed environment its own python comes first on the path; elsewhere, the one that runs Snakemake
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+# what a rule's shell calls by a script's name
+shell.prefix('set -euo pipefail; kvbench() {{ "{PYTHON}" "{SCRIPTS}/$1.py" "${{@:2}}"; }}; ')
 
 
 # what needs the network, which compute nodes often lack, or takes a second
@@ -66,21 +76,30 @@ def model_manifest(wildcards):
     return f"{RESULTS}/models/{wildcards.model}/manifest.json"
 
 
+def workload_sources(wildcards):
+    """A model that has no tokenizer needs no prompts."""
+    needed = {"manifest": f"{RESULTS}/models/{wildcards.model}/manifest.json"}
+    if has_tokenizer(wildcards.model):
+        needed |= {
+            "prompts": f"{RESULTS}/prompts/{DATASET}.parquet",
+            "dataset": f"{RESULTS}/datasets/{DATASET}/manifest.json",
+        }
+    return needed
+
+
+def token_ids(wildcards):
+    """The batch of a cell: the same token ids for every method, and for a retrofit those of its base."""
+    return f"{RESULTS}/workloads/{CONFIG.models[wildcards.model].base or wildcards.model}/{wildcards.workload}.parquet"
+
+
 def cell_files(stage, suffix):
     """The files of one stage for every cell."""
-    return [
-        f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}"
-        for c in CELLS
-    ]
+    return [f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}" for c in CELLS]
 
 
 def output_files(wildcards):
     """The outputs of every variant, if the config wants any."""
-    return [
-        f"{RESULTS}/outputs/{v.model}/{v.method}.parquet"
-        for v in VARIANTS
-        if CONFIG.outputs.prompts
-    ]
+    return [f"{RESULTS}/outputs/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.outputs.prompts]
 
 
 def has_tokenizer(model):
@@ -91,9 +110,7 @@ def has_tokenizer(model):
 def variant_of(wildcards):
     """A variant for its jobs: what to run, not how the report calls it."""
     spec = grid.method_spec(CONFIG, wildcards.method)
-    return canonical(
-        {"model": wildcards.model, "method": wildcards.method, "spec": spec}
-    )
+    return canonical({"model": wildcards.model, "method": wildcards.method, "spec": spec})
 
 
 def loading_of(wildcards):
@@ -104,27 +121,15 @@ def loading_of(wildcards):
 
 def summary():
     """What a finished run says: where the report lies, and what is missing from it."""
-    gaps = (
-        stats.missing(Path(RESULTS, "stats.parquet"))
-        if Path(RESULTS, "stats.parquet").exists()
-        else []
-    )
+    gaps = stats.missing(Path(RESULTS, "stats.parquet")) if Path(RESULTS, "stats.parquet").exists() else []
     again = f"To measure them again, delete their files under {RESULTS} and run again."
     return "\n".join(
-        [f"Report: {RESULTS}/report.html"]
-        + [f"Not measured: {gap}" for gap in gaps]
-        + [again] * bool(gaps)
+        [f"Report: {RESULTS}/report.html"] + [f"Not measured: {gap}" for gap in gaps] + [again] * bool(gaps)
     )
 
 
 def last_error():
-    """The causes of a failed run, from its jobs' logs; Snakemake's own words bury them."""
-    texts = [
-        path.read_text("utf-8", "replace")
-        for path in Path(RESULTS, "logs").rglob("*.log")
-    ]
-    return "\n".join(
-        sorted(
-            {found for text in texts for found in re.findall(r"^error: .*", text, re.M)}
-        )
-    )
+    """The causes of a failed run, from the logs of its jobs."""
+    logs = [path for path in Path(RESULTS, "logs").rglob("*.log") if path.stat().st_mtime >= STARTED]
+    texts = [path.read_text("utf-8", "replace") for path in logs]
+    return "\n".join(sorted({found for text in texts for found in re.findall(r"^error: .*", text, re.M)}))

@@ -19,18 +19,13 @@ rule fetch_model:
         "../../envs/gpu.yaml"
     params:
         source=lambda wildcards: canonical(
-            CONFIG.models[wildcards.model].source.model_dump(
-                mode="json", exclude_none=True
-            )
+            CONFIG.models[wildcards.model].source.model_dump(mode="json", exclude_none=True)
         ),
-        trust=lambda wildcards: "--trust-remote-code"
-        * CONFIG.models[wildcards.model].trust_remote_code,
-        base=lambda wildcards, input: (
-            f"--tokenizer-from {input.base}" if input.base else ""
-        ),
+        trust=lambda wildcards: "--trust-remote-code" * CONFIG.models[wildcards.model].trust_remote_code,
+        base=lambda wildcards, input: (f"--tokenizer-from {input.base}" if input.base else ""),
         code=code("fetch"),
     shell:
-        "{PYTHON} {SCRIPTS}/fetch.py model --name {wildcards.model} --source {params.source:q} {params.trust}"
+        "kvbench fetch model --name {wildcards.model} --source {params.source:q} {params.trust}"
         " {params.base} --output {output.manifest} 2>&1 | tee {log}"
 
 
@@ -47,10 +42,8 @@ rule fetch_dataset:
         "../../envs/gpu.yaml"
     params:
         name=DATASET,
-        source=canonical(
-            CONFIG.dataset.source.model_dump(mode="json", exclude_none=True)
-        ),
+        source=canonical(CONFIG.dataset.source.model_dump(mode="json", exclude_none=True)),
         code=code("fetch"),
     shell:
-        "{PYTHON} {SCRIPTS}/fetch.py dataset --name {params.name} --source {params.source:q}"
+        "kvbench fetch dataset --name {params.name} --source {params.source:q}"
         " --output {output.manifest} 2>&1 | tee {log}"

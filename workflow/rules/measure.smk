@@ -2,11 +2,6 @@
 # device; a failure inside a job becomes a row with its reason, so nothing here stops the run.
 
 
-def token_ids(wildcards):
-    """The batch of a cell: the same token ids for every method, and for a retrofit those of its base."""
-    return f"{RESULTS}/workloads/{CONFIG.models[wildcards.model].base or wildcards.model}/{wildcards.workload}.parquet"
-
-
 MEASURE = dict(
     variant=variant_of,
     loading=loading_of,
@@ -35,7 +30,7 @@ rule prefill:
     params:
         **MEASURE,
     shell:
-        "{PYTHON} {SCRIPTS}/measure.py prefill --manifest {input.manifest} --workload {input.batch}"
+        "kvbench measure prefill --manifest {input.manifest} --workload {input.batch}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
         " --provenance {params.provenance:q} --output {output.record} 2>&1 | tee {log}"
 
@@ -60,7 +55,7 @@ rule generation:
     params:
         **MEASURE,
     shell:
-        "{PYTHON} {SCRIPTS}/measure.py generation --manifest {input.manifest} --workload {input.batch}"
+        "kvbench measure generation --manifest {input.manifest} --workload {input.batch}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
         " --provenance {params.provenance:q} --output {output.rows} 2>&1 | tee {log}"
 
@@ -68,9 +63,7 @@ rule generation:
 rule outputs:
     input:
         manifest=model_manifest,
-        prompts=lambda wildcards: (
-            rules.prompts.output.prompts if has_tokenizer(wildcards.model) else []
-        ),
+        prompts=lambda wildcards: (rules.prompts.output.prompts if has_tokenizer(wildcards.model) else []),
     output:
         texts=f"{RESULTS}/outputs/{{model}}/{{method}}.parquet",
     log:
@@ -91,12 +84,10 @@ rule outputs:
         prompts_count=CONFIG.outputs.prompts,
         new_tokens=CONFIG.outputs.new_tokens,
         max_prompt_tokens=CONFIG.outputs.max_prompt_tokens,
-        prompts=lambda wildcards, input: (
-            f"--prompts {input.prompts}" if input.prompts else ""
-        ),
+        prompts=lambda wildcards, input: (f"--prompts {input.prompts}" if input.prompts else ""),
         provenance=code("outputs"),
     shell:
-        "{PYTHON} {SCRIPTS}/outputs.py --manifest {input.manifest} {params.prompts} --count {params.prompts_count}"
+        "kvbench outputs --manifest {input.manifest} {params.prompts} --count {params.prompts_count}"
         " --new-tokens {params.new_tokens} --max-prompt-tokens {params.max_prompt_tokens}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
         " --provenance {params.provenance:q} --output {output.texts} 2>&1 | tee {log}"

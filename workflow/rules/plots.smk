@@ -21,5 +21,5 @@ rule bars:
     params:
         provenance=code("plots"),
     shell:
-        "{PYTHON} {SCRIPTS}/plots.py --stats {input.stats} --workload {wildcards.workload}"
+        "kvbench plots --stats {input.stats} --workload {wildcards.workload}"
         " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"

@@ -20,20 +20,9 @@ rule prompts:
         share=CONFIG.dataset.max_malformed_share,
         provenance=code("prompts"),
     shell:
-        "{PYTHON} {SCRIPTS}/prompts.py --manifest {input.manifest} --selection {params.selection}"
+        "kvbench prompts --manifest {input.manifest} --selection {params.selection}"
         " --seed {params.seed} --min-chars {params.min_chars} --max-malformed-share {params.share}"
         " --provenance {params.provenance:q} --output {output.prompts} --counts {output.counts} 2>&1 | tee {log}"
-
-
-def workload_sources(wildcards):
-    """A model that has no tokenizer needs no prompts."""
-    needed = {"manifest": f"{RESULTS}/models/{wildcards.model}/manifest.json"}
-    if has_tokenizer(wildcards.model):
-        needed |= {
-            "prompts": rules.prompts.output.prompts,
-            "dataset": rules.fetch_dataset.output.manifest,
-        }
-    return needed
 
 
 rule workload:
@@ -49,19 +38,15 @@ rule workload:
         "../../envs/gpu.yaml"
     params:
         batch_size=lambda wildcards: CONFIG.workloads[wildcards.workload].batch_size,
-        prompt_tokens=lambda wildcards: CONFIG.workloads[
-            wildcards.workload
-        ].prompt_tokens,
+        prompt_tokens=lambda wildcards: CONFIG.workloads[wildcards.workload].prompt_tokens,
         new_tokens=lambda wildcards: CONFIG.workloads[wildcards.workload].new_tokens,
         padding=lambda wildcards: CONFIG.padding(wildcards.workload),
         texts=lambda wildcards, input: (
-            f"--prompts {input.prompts} --dataset-manifest {input.dataset}"
-            if has_tokenizer(wildcards.model)
-            else ""
+            f"--prompts {input.prompts} --dataset-manifest {input.dataset}" if has_tokenizer(wildcards.model) else ""
         ),
         seed=CONFIG.dataset.seed,
         provenance=code("workload"),
     shell:
-        "{PYTHON} {SCRIPTS}/workload.py --model-manifest {input.manifest} {params.texts} --seed {params.seed}"
+        "kvbench workload --model-manifest {input.manifest} {params.texts} --seed {params.seed}"
         " --batch-size {params.batch_size} --prompt-tokens {params.prompt_tokens} --new-tokens {params.new_tokens}"
         " --padding {params.padding} --provenance {params.provenance:q} --output {output.batch} 2>&1 | tee {log}"

@@ -9,15 +9,9 @@ rule report:
         stats=rules.stats.output.stats,
         measurements=rules.stats.output.measurements,
         outputs=output_files,
-        counts=(
-            [rules.prompts.output.counts]
-            if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS)
-            else []
-        ),
+        counts=([rules.prompts.output.counts] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []),
         dataset=(
-            [rules.fetch_dataset.output.manifest]
-            if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS)
-            else []
+            [rules.fetch_dataset.output.manifest] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []
         ),
         models=sorted({f"{RESULTS}/models/{v.model}/manifest.json" for v in VARIANTS}),
         plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads],
@@ -38,14 +32,10 @@ rule report:
     params:
         provenance=code("report"),
         prompts=lambda wildcards, input: (
-            f"--prompts-counts {input.counts} --dataset-manifest {input.dataset}"
-            if input.counts
-            else ""
+            f"--prompts-counts {input.counts} --dataset-manifest {input.dataset}" if input.counts else ""
         ),
-        outputs=lambda wildcards, input: (
-            f"--outputs {input.outputs}" if input.outputs else ""
-        ),
+        outputs=lambda wildcards, input: (f"--outputs {input.outputs}" if input.outputs else ""),
     shell:
-        "{PYTHON} {SCRIPTS}/report.py --stats {input.stats} --measurements {input.measurements} {params.outputs}"
+        "kvbench report --stats {input.stats} --measurements {input.measurements} {params.outputs}"
         " {params.prompts} --model-manifests {input.models} --plots {input.plots} --plan {input.plan}"
         " --provenance {params.provenance:q} --output {output.html} 2>&1 | tee {log}"

@@ -5,17 +5,19 @@ rule plan:
     # a file, because a thousand cells do not fit on a command line
     output:
         plan=f"{RESULTS}/plan.json",
+    log:
+        f"{RESULTS}/logs/plan.log",
     params:
         plan=canonical(grid.plan(CONFIG)),
     run:
-        Path(output.plan).write_text(params.plan + "\n", "utf-8")
+        Path(output.plan).write_text(f"{params.plan}\n", "utf-8")
 
 
 rule stats:
     input:
-        rules.plan.output.plan,
-        cell_files("prefill", "json"),
-        cell_files("generation", "parquet"),
+        plan=rules.plan.output.plan,
+        prefill=cell_files("prefill", "json"),
+        generation=cell_files("generation", "parquet"),
     output:
         measurements=f"{RESULTS}/measurements.parquet",
         stats=f"{RESULTS}/stats.parquet",
@@ -32,8 +34,7 @@ rule stats:
     conda:
         "../../envs/analysis.yaml"
     params:
-        results=RESULTS,
         provenance=code("stats"),
     shell:
-        "{PYTHON} {SCRIPTS}/stats.py --plan {input[0]} --results {params.results} --provenance {params.provenance:q}"
+        "kvbench stats --plan {input.plan} --provenance {params.provenance:q}"
         " --measurements {output.measurements} --stats {output.stats} --csv {output.csv} 2>&1 | tee {log}"

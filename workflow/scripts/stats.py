@@ -9,15 +9,14 @@ from kvbench import errors, stats
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", required=True, type=Path, help="plan.json")
-    parser.add_argument("--results", required=True, type=Path, help="folder of prefill and generation")
+    parser.add_argument("--plan", required=True, type=Path, help="plan.json, beside prefill and generation")
     parser.add_argument("--provenance", required=True, type=json.loads, help="a JSON object")
     parser.add_argument("--measurements", required=True, type=Path)
     parser.add_argument("--stats", required=True, type=Path)
     parser.add_argument("--csv", required=True, type=Path)
     args = parser.parse_args()
     outputs = {"measurements": args.measurements, "stats": args.stats, "csv": args.csv}
-    stats.write(stats.read_plan(args.plan), args.results, outputs, args.provenance)
+    stats.write(stats.read_plan(args.plan), args.plan.parent, outputs, args.provenance)
 
 
 if __name__ == "__main__":

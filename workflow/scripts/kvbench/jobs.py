@@ -191,13 +191,21 @@ def _attempt(work: Callable[[], Any]) -> tuple[str, str | None, Any]:
         return "ok", None, work()
     except (torch.OutOfMemoryError, MemoryError) as error:
         return "oom", _first_line(error) or "out of memory", None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch's CPU allocator says it
+            return _failed(error)
+        return "oom", _first_line(error), None
     except Unsupported as error:
         return "unsupported", str(error), None
     except UserError:
         raise
     except Exception as error:  # whatever a method, a model or a kernel raises is this cell's result
-        traceback.print_exc()
-        return "failed", f"{type(error).__name__}: {_first_line(error)}", None
+        return _failed(error)
+
+
+def _failed(error: Exception) -> tuple[str, str, None]:
+    traceback.print_exception(error)
+    return "failed", f"{type(error).__name__}: {_first_line(error)}", None
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,8 +43,6 @@ QUANTITIES = {
     quantity.column: quantity
     for quantity in (
         Quantity("decode_tokens_per_s", "Decode throughput", "rate", "higher"),
-        Quantity("article_tokens_per_s", "Throughput, article’s way", "rate", "higher"),
-        Quantity("article_warm_tokens_per_s", "The same, warm", "rate", "higher"),
         Quantity("ttft_s", "TTFT", "seconds", "lower"),
         Quantity("kv_cache_bytes", "KV cache", "bytes", "lower", counted=True),
         Quantity("kv_cache_allocated_bytes", "Cache allocated", "bytes", "lower", counted=True),
@@ -63,6 +61,8 @@ QUANTITIES = {
         Quantity("mbu", "MBU", "share"),
         Quantity("mfu", "MFU", "share"),
         Quantity("energy_j_per_token", "Energy", "joules", "lower"),
+        Quantity("article_tokens_per_s", "Throughput, article’s way", "rate", "higher"),
+        Quantity("article_warm_tokens_per_s", "The same, warm", "rate", "higher"),
     )
 }
 
