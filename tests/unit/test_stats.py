@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from kvbench import jobs, stats, tables
+from kvbench import cells, stats, tables
 
 CELL = {
     "model": "m", "method": "knorm", "variant": "knorm", "baseline": "baseline", "compresses": True, "workload": "w",
@@ -28,7 +28,7 @@ def write(folder: Path, generation: list[dict[str, Any]], prefill: dict[str, Any
     (folder / "prefill/m/knorm").mkdir(parents=True)
     (folder / "prefill/m/knorm/w.json").write_text(json.dumps(prefill))
     rows = [{"repeat": i, "status": "ok"} | row for i, row in enumerate(generation)]
-    tables.write(folder / "generation/m/knorm/w.parquet", pa.Table.from_pylist(rows, jobs.GENERATION), FACTS)
+    tables.write(folder / "generation/m/knorm/w.parquet", pa.Table.from_pylist(rows, cells.GENERATION), FACTS)
 
 
 def prefill(status: str = "ok", reason: str | None = None, **repeat: Any) -> dict[str, Any]:

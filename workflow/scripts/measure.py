@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from kvbench import errors, jobs
+from kvbench import cells, errors, jobs
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--workload", required=True, type=Path, help="token ids, a Parquet file")
     jobs.add_arguments(parser)
     args = parser.parse_args()
-    stage = jobs.prefill if args.stage == "prefill" else jobs.generation
+    stage = cells.prefill if args.stage == "prefill" else cells.generation
     stage(jobs.from_arguments(args), args.workload)
 
 

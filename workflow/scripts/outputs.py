@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from kvbench import errors, jobs
+from kvbench import errors, jobs, outputs
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--max-prompt-tokens", required=True, type=int, help="where a prompt is cut")
     jobs.add_arguments(parser)
     args = parser.parse_args()
-    jobs.outputs(jobs.from_arguments(args), args.prompts, args.count, args.new_tokens, args.max_prompt_tokens)
+    outputs.outputs(jobs.from_arguments(args), args.prompts, args.count, args.new_tokens, args.max_prompt_tokens)
 
 
 if __name__ == "__main__":

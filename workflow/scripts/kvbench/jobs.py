@@ -13,51 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from kvbench import files, tables
 from kvbench.errors import Unsupported, UserError, cli
 from kvbench.isolate import isolated
 from kvbench.provenance import versions
-
-GENERATION = pa.schema(
-    [
-        ("repeat", pa.int32()),
-        ("status", pa.string()),
-        ("status_reason", pa.string()),
-        ("ttft_s", pa.float64()),
-        ("tpot_s", pa.float64()),
-        ("decode_tokens_per_s", pa.float64()),
-        ("prefill_tokens_per_s", pa.float64()),
-        ("article_tokens_per_s", pa.float64()),
-        ("total_s", pa.float64()),
-        ("token_times_s", pa.list_(pa.float64())),
-        ("peak_generation_bytes", pa.int64()),
-        ("peak_decode_bytes", pa.int64()),
-        ("reserved_bytes", pa.int64()),
-        ("kv_cache_end_bytes", pa.int64()),
-        ("tokens_sha256", pa.string()),
-        ("warmup_runs", pa.int32()),
-    ]
-)
-
-OUTPUTS = pa.schema(
-    [
-        ("model", pa.string()),
-        ("method", pa.string()),
-        ("status", pa.string()),
-        ("status_reason", pa.string()),
-        ("rank", pa.int64()),
-        ("conversation_id", pa.string()),
-        ("prompt", pa.large_string()),
-        ("prompt_tokens", pa.int32()),
-        ("text", pa.large_string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("new_tokens", pa.int32()),
-        ("stop_reason", pa.string()),
-        ("simulated", pa.bool_()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -83,83 +41,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Ready:
-    """A model on its device, the method, and what is known of both so far."""
+    """A model on its device, and the method to run on it."""
 
     model: Any
     manifest: Any
     method: Any
-    facts: dict[str, Any]
 
 
-def prefill(job: Job, workload: Path) -> None:
-    """Measure a cell's prefill and write its JSON record."""
+def run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., None]) -> None:
+    """Do the work on a device of its own in a process of its own, and write what came of it.
 
-    def work(facts: dict[str, Any]) -> dict[str, Any]:
-        from kvbench import measure
-
-        ready, batch = _ready(job, facts), _batch(workload, facts)
-        ready.method.check(ready.model, len(batch.input_ids))
-        run = measure.prefill_article if job.protocol["name"] == "article" else measure.prefill_standard
-        return run(ready.model, batch, ready.method, _effort(job))
-
-    def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
-        record = {
-            "status": status,
-            "status_reason": reason,
-            "repeats": [],
-            **(result or {}),
-            "provenance": facts,
-        }
-        files.write_json(job.output, record)
-
-    _run(job, work, write)
-
-
-def generation(job: Job, workload: Path) -> None:
-    """Measure a cell's generation and write one row a repeat."""
-
-    def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
-        from kvbench import measure
-
-        ready, batch = _ready(job, facts), _batch(workload, facts)
-        ready.method.check(ready.model, len(batch.input_ids))
-        run = measure.generation_article if job.protocol["name"] == "article" else measure.generation_standard
-        return list(run(ready.model, batch, ready.method, _effort(job)))
-
-    def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
-        rows = [row | {"repeat": i} for i, row in enumerate(result or [{}])]
-        rows = [row | {"status": status, "status_reason": reason} for row in rows]
-        tables.write(job.output, pa.Table.from_pylist(rows, GENERATION), facts)
-
-    _run(job, work, write)
-
-
-def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tokens: int) -> None:
-    """Write a variant's answers to the first ``count`` prompts, one row a prompt."""
-
-    def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
-        from kvbench import answers
-        from kvbench.manifest import load_manifest
-
-        if load_manifest(job.manifest).tokenizer is None:
-            raise Unsupported("random weights have no tokenizer, and their text would mean nothing")
-        ready = _ready(job, facts)
-        ready.method.check(ready.model, 1)
-        limits = answers.Limits(count, new_tokens, max_prompt_tokens)
-        answer = answers.as_the_article if job.protocol["name"] == "article" else answers.one_by_one
-        return answer(ready.model, ready.manifest.tokenizer, ready.method, prompts, limits)
-
-    def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
-        names = {key: job.variant[key] for key in ("model", "method")}
-        overall = {"status": status, "status_reason": reason}
-        rows = [names | overall | row for row in (result if result is not None else [{}])]
-        tables.write(job.output, pa.Table.from_pylist(rows, OUTPUTS), facts)
-
-    _run(job, work, write)
-
-
-def _run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., None]) -> None:
-    """Do the work on a device of its own in a process of its own, and write what came of it."""
+    Parameters
+    ----------
+    work : does it, given the facts of the job, to which it may add; returns the result.
+    write : called with status, its reason (None when ok), the facts, and the result (None when not ok).
+    """
     known = job.provenance | {"variant": job.variant, "protocol": job.protocol, "loading": job.loading}
 
     def child() -> None:
@@ -212,7 +108,8 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:500]
 
 
-def _ready(job: Job, facts: dict[str, Any]) -> Ready:
+def ready(job: Job, facts: dict[str, Any]) -> Ready:
+    """Load the job's model and build its method; what is known of them goes into the facts."""
     begun = time.perf_counter()
     import torch
 
@@ -234,27 +131,7 @@ def _ready(job: Job, facts: dict[str, Any]) -> Ready:
         "dtype": str(loaded.model.dtype),
     }
     facts |= {"engine": "hf", "attention": loaded.model.config._attn_implementation}
-    return Ready(loaded.model, manifest, method, facts)
-
-
-def _batch(path: Path, facts: dict[str, Any]) -> Any:
-    import torch
-
-    from kvbench import batch
-    from kvbench.measure import Batch
-
-    loaded = batch.load(path)
-    facts |= {"workload": tables.provenance_of(path), "workload_sha256": files.sha256(path)}
-    ids, mask = loaded.arrays()
-    device = facts["torch_device"]
-    on_device = None if mask is None else torch.from_numpy(mask).to(device)
-    return Batch(torch.from_numpy(ids).to(device), on_device, loaded.new_tokens, loaded.pad_token_id)
-
-
-def _effort(job: Job) -> Any:
-    from kvbench.measure import Effort
-
-    return Effort(job.protocol["repeats"], job.protocol["max_warmup_runs"])
+    return Ready(loaded.model, manifest, method)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,52 @@
+"""The job of a variant's texts, from files to files."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kvbench import jobs, tables
+from kvbench.errors import Unsupported
+from kvbench.jobs import Job
+
+OUTPUTS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("method", pa.string()),
+        ("status", pa.string()),
+        ("status_reason", pa.string()),
+        ("rank", pa.int64()),
+        ("conversation_id", pa.string()),
+        ("prompt", pa.large_string()),
+        ("prompt_tokens", pa.int32()),
+        ("text", pa.large_string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("new_tokens", pa.int32()),
+        ("stop_reason", pa.string()),
+        ("simulated", pa.bool_()),
+    ]
+)
+
+
+def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tokens: int) -> None:
+    """Write a variant's answers to the first ``count`` prompts, one row a prompt."""
+
+    def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
+        from kvbench import answers
+        from kvbench.manifest import load_manifest
+
+        if load_manifest(job.manifest).tokenizer is None:
+            raise Unsupported("random weights have no tokenizer, and their text would mean nothing")
+        ready = jobs.ready(job, facts)
+        ready.method.check(ready.model, 1)
+        limits = answers.Limits(count, new_tokens, max_prompt_tokens)
+        answer = answers.as_the_article if job.protocol["name"] == "article" else answers.one_by_one
+        return answer(ready.model, ready.manifest.tokenizer, ready.method, prompts, limits)
+
+    def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
+        names = {key: job.variant[key] for key in ("model", "method")}
+        overall = {"status": status, "status_reason": reason}
+        rows = [names | overall | row for row in (result if result is not None else [{}])]
+        tables.write(job.output, pa.Table.from_pylist(rows, OUTPUTS), facts)
+
+    jobs.run(job, work, write)
