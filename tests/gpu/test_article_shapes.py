@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvbench import measure, methods, sources
+from kvbench import engines, measure, methods, sources
 from kvbench.loading import load_model
 
 GIB = 2**30
@@ -55,7 +55,8 @@ def test_event_times_agree_with_the_hosts_clock(setting: Any) -> None:
 
     model, batch = setting
     start = time.perf_counter()
-    rows = list(measure.generation_standard(model, batch, methods.Dense(), measure.Effort(2, 1)))
+    engine = engines.engine("hf", torch.device("cuda:0"))
+    rows = list(measure.generation_standard(model, batch, methods.Dense(), measure.Effort(2, 1), engine))
     elapsed = time.perf_counter() - start
     assert sum(row["total_s"] for row in rows) * 1.5 == pytest.approx(elapsed, rel=0.2)
     assert rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]

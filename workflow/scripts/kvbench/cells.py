@@ -58,12 +58,15 @@ def generation(job: Job, workload: Path) -> None:
     """Measure a cell's generation and write one row a repeat."""
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
-        from kvbench import measure
+        from kvbench import engines, measure
 
         ready, batch = jobs.ready(job, facts), _batch(workload, facts)
         ready.method.check(ready.model, len(batch.input_ids))
-        run = measure.generation_article if job.protocol["name"] == "article" else measure.generation_standard
-        return list(run(ready.model, batch, ready.method, _effort(job)))
+        if job.protocol["name"] == "article":
+            return list(measure.generation_article(ready.model, batch, ready.method, _effort(job)))
+        engine = engines.engine(job.protocol["engine"], batch.input_ids.device)
+        facts["engine"] = engine.name
+        return list(measure.generation_standard(ready.model, batch, ready.method, _effort(job), engine))
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
         rows = [row | {"repeat": i} for i, row in enumerate(result or [{}])]

@@ -232,8 +232,8 @@ class Protocol(Strict):
 
     name: Literal["standard", "article"] = "standard"
     """`standard`: warm, equal lengths, every step timed. `article`: the article's way, to the letter."""
-    engine: Literal["auto", "hf"] = "auto"
-    """How decode runs; `hf` is transformers' eager forward with its dynamic cache. `auto`: the fastest there is."""
+    engine: Literal["auto", "hf", "graph", "compile"] = "auto"
+    """How decode runs: `hf`, `graph`, `compile`; `auto` is `graph` on a GPU and `hf` on a CPU."""
     repeats: int = Field(5, ge=1)
     """Measured runs of a cell; all are kept."""
     max_warmup_runs: int = Field(5, ge=1)
@@ -290,6 +290,10 @@ class Config(Strict):
                     f"workloads.{name}.padding: article: the standard protocol measures equal lengths only, because"
                     " presses read pads as tokens; use padding: none or protocol.name: article"
                 )
+        if self.protocol.name == "article" and self.protocol.engine not in ("auto", "hf"):
+            found.append(
+                f"protocol.engine: {self.protocol.engine}: the article's protocol is transformers' generate, hf"
+            )
         return found + self._variant_problems()
 
     def _model_problems(self, where: str, model: Model) -> list[str]:

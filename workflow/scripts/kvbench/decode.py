@@ -49,6 +49,10 @@ def prefill(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.T
     return logits[:, -1:].argmax(-1), cache
 
 
+Mark = Callable[[], None]
+Prefilled = Callable[[Any], None]
+
+
 @torch.no_grad()
 def generate(
     model: Any,

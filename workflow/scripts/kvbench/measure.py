@@ -12,11 +12,15 @@ from tqdm import tqdm
 
 from kvbench import device as devices
 from kvbench.cache import cache_bytes, full_cache_bytes
-from kvbench.decode import generate, prefill
+from kvbench.decode import prefill
+from kvbench.engines import Engine
 from kvbench.methods import Dense
 
 SETTLED = 0.02
 """Two warm-up runs that differ by less than this share end the warm-up."""
+
+
+_MEMORY = ("peak_generation_bytes", "peak_decode_bytes", "reserved_bytes")
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,13 @@ def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort) ->
             **_cache_record(model, batch, cache),
         }
 
-    warmup = _warm_up(run, "ttft_s", effort.max_warmup_runs)
+    warmup, _ = _warm_up(run, "ttft_s", effort.max_warmup_runs)
     repeats = [run() for _ in _progress(effort.repeats, "prefill")]
     _check_count(repeats[-1], method, model)
     return {"repeats": repeats, "warmup_runs": warmup}
 
 
-def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort) -> Iterator[Record]:
+def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort, engine: Engine) -> Iterator[Record]:
     """Whole generations, warm: one record a repeat, with the time of every token.
 
     Times run from before the prefill. With N new tokens t_1 … t_N: TTFT is t_1, a decode step is one of N−1, and
@@ -88,7 +92,7 @@ def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort)
             memory.reset()
 
         memory.reset()
-        decoded = generate(model, batch.input_ids, method, batch.new_tokens, clock.mark, prefilled)
+        decoded = engine.generate(model, batch.input_ids, method, batch.new_tokens, clock.mark, prefilled)
         times = clock.times()[1:]
         peak_decode, decode_s = memory.peak(), times[-1] - times[0]
         return {
@@ -106,9 +110,10 @@ def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort)
             "tokens_sha256": hashlib.sha256(decoded.tokens.cpu().numpy().tobytes()).hexdigest(),
         }
 
-    warmup = _warm_up(run, "tpot_s", effort.max_warmup_runs)
+    warmup, first = _warm_up(run, "tpot_s", effort.max_warmup_runs)
+    own = {key: first[key] for key in _MEMORY} if engine.keeps_buffers else {}
     for _ in _progress(effort.repeats, "generation"):
-        yield run() | {"warmup_runs": warmup}
+        yield run() | own | {"warmup_runs": warmup}
 
 
 def prefill_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> Record:
@@ -186,15 +191,15 @@ def _check_count(record: Record, method: Dense, model: Any) -> None:
         )
 
 
-def _warm_up(run: Callable[[], Record], key: str, at_most: int) -> int:
-    """Run until two runs in a row agree, or ``at_most`` times; returns how often."""
-    last = run()[key]
+def _warm_up(run: Callable[[], Record], key: str, at_most: int) -> tuple[int, Record]:
+    """Run until two runs in a row agree, or ``at_most`` times; returns how often, and the first run's record."""
+    first = last = run()
     for count in range(2, at_most + 1):
-        value = run()[key]
-        if abs(value - last) <= SETTLED * last:
-            return count
-        last = value
-    return at_most
+        record = run()
+        if abs(record[key] - last[key]) <= SETTLED * last[key]:
+            return count, first
+        last = record
+    return at_most, first
 
 
 def _progress(repeats: int, what: str) -> Iterator[int]:

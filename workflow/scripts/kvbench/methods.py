@@ -21,6 +21,7 @@ class Dense:
     """No compression: the baseline."""
 
     compresses = False
+    acts_while_decoding = False
 
     def check(self, model: Any, batch_size: int) -> None:
         """Raise `Unsupported` where this method cannot be run as asked."""
@@ -52,6 +53,7 @@ class Press(Dense):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.press = build_press(spec)
+        self.acts_while_decoding = _acts_while_decoding(self.press)
 
     def check(self, model: Any, batch_size: int) -> None:
         if batch_size > 1:
@@ -72,12 +74,8 @@ class Press(Dense):
         return nullcontext() if isinstance(self.press, DecodingPress) else self._applied(model)
 
     def decoding(self, model: Any) -> AbstractContextManager[Any]:
-        from kvpress import DecodingPress, DMSPress, PrefillDecodingPress
-
         # hooks of the others do nothing here, but each would make the host wait for the device once a layer
-        acts = isinstance(self.press, DecodingPress | PrefillDecodingPress)
-        acts = acts or (isinstance(self.press, DMSPress) and self.press.decoding)
-        return self._applied(model) if acts else nullcontext()
+        return self._applied(model) if self.acts_while_decoding else nullcontext()
 
     def everywhere(self, model: Any) -> AbstractContextManager[Any]:
         return self._applied(model)
@@ -127,6 +125,12 @@ def build_press(spec: dict[str, Any]) -> Any:
         return getattr(kvpress, spec["press"])(**args)
     except (AssertionError, TypeError, ValueError) as error:
         raise Unsupported(f"{spec['press']} refuses its arguments: {error or 'assertion failed'}") from error
+
+
+def _acts_while_decoding(press: Any) -> bool:
+    from kvpress import DecodingPress, DMSPress, PrefillDecodingPress
+
+    return isinstance(press, DecodingPress | PrefillDecodingPress) or (isinstance(press, DMSPress) and press.decoding)
 
 
 def _built(value: Any) -> Any:

@@ -1,0 +1,175 @@
+"""How decode runs: transformers' eager forward, or one captured step over a packed cache."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from kvbench import decode, packed
+from kvbench.decode import Decoded
+from kvbench.errors import Unsupported
+from kvbench.methods import Dense
+
+
+class Engine(Protocol):
+    """Decodes greedily a given number of tokens; `decode.generate` says what the arguments mean."""
+
+    name: str
+    keeps_buffers: bool
+    """Whether a run leaves memory taken for the next one, so that only the first run's peak is a run's own."""
+
+    def generate(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        method: Dense,
+        new_tokens: int,
+        mark: Callable[[], None],
+        prefilled: Callable[[Any], None],
+    ) -> Decoded: ...
+
+
+class Hf:
+    """transformers' eager forward with its dynamic cache, one kernel launch after another."""
+
+    name = "hf"
+    keeps_buffers = False
+
+    def generate(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        method: Dense,
+        new_tokens: int,
+        mark: Callable[[], None],
+        prefilled: Callable[[Any], None],
+    ) -> Decoded:
+        return decode.generate(model, input_ids, method, new_tokens, mark, prefilled)
+
+
+class Packed:
+    """One decode step over a packed cache; on a GPU replayed as a CUDA graph, with ``compiled`` through torch.compile.
+
+    The buffers and the graph are made in the first run and used again by every run of the same shapes, as a server
+    would: what a run pays is the copy of its kept tokens into the buffers, which counts to its first step.
+    """
+
+    keeps_buffers = True
+
+    def __init__(self, compiled: bool) -> None:
+        self.name = "compile" if compiled else "graph"
+        self.compiled = compiled
+        self.state: _State | None = None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        method: Dense,
+        new_tokens: int,
+        mark: Callable[[], None],
+        prefilled: Callable[[Any], None],
+    ) -> Decoded:
+        packed.check(model)
+        if method.acts_while_decoding:
+            raise Unsupported("a press that compresses while decoding changes the cache's shapes; use engine: hf")
+        mark()
+        token, cache = decode.prefill(model, input_ids, method)
+        mark()
+        prefilled(cache)
+        packed.check_cache(model, cache)
+        position = method.next_position(input_ids.shape[1], cache)
+        if self.state is None or not self.state.cache.fits(cache):
+            self.state = None  # its memory goes first
+            self.state = _State(model, cache, new_tokens, self.compiled)
+        else:
+            self.state.cache.fill(cache)
+        self.state.start(token, position)
+        with _attention(model, packed.ATTENTION):
+            for _ in range(new_tokens - 1):
+                self.state.advance()
+                mark()
+        return Decoded(self.state.tokens.clone(), self.state.cache)
+
+
+class _State:
+    """Static inputs, outputs and cache of a decode step, and the step itself."""
+
+    def __init__(self, model: Any, cache: Any, new_tokens: int, compiled: bool) -> None:
+        rows, device = cache.layers[0].keys.shape[0], cache.layers[0].keys.device
+        self.cache = packed.PackedCache(cache, new_tokens)
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(rows, new_tokens, dtype=torch.long, device=device)
+        self.forward = model.forward
+        if compiled:
+            self.forward = torch.compile(model.forward, mode="max-autotune-no-cudagraphs", dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def start(self, token: torch.Tensor, position: int) -> None:
+        """Begin again after the prompt: its first new token, and that token's position."""
+        self.cache.step.zero_()
+        self.token.copy_(token)
+        self.tokens[:, :1].copy_(token)
+        self.position.fill_(position)
+
+    def advance(self) -> None:
+        """Decode one token."""
+        if self.token.device.type != "cuda":
+            self._step()
+            return
+        if self.graph is None:
+            self._capture()
+        assert self.graph is not None
+        self.graph.replay()
+
+    def _step(self) -> None:
+        self.cache.admit()
+        logits = self.forward(
+            self.token,
+            position_ids=self.position,
+            cache_position=self.cache.step,
+            past_key_values=self.cache,
+            use_cache=True,
+            packed=self.cache,
+        ).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+        self.cache.step.add_(1)
+        self.position.add_(1)
+        self.tokens.index_copy_(1, self.cache.step, self.token)
+
+    def _capture(self) -> None:
+        """Run the step twice aside, so that kernels are chosen and compiled; capture it; and start over."""
+        token, position = self.token.clone(), int(self.position)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                self.start(token, position)
+                self._step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.start(token, position)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.graph = graph
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    """The model with another attention kernel."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def engine(name: str, device: torch.device) -> Engine:
+    """An engine by its name; ``auto`` is the packed one on a GPU, where launches cost, and ``hf`` on a CPU."""
+    if name == "auto":
+        name = "graph" if device.type == "cuda" else "hf"
+    return Hf() if name == "hf" else Packed(compiled=name == "compile")
