@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONPATH := workflow/scripts
 
-.PHONY: help setup run test test-gpu test-slurm lint format bench figures schema clean
+.PHONY: help setup run test test-gpu test-slurm lint format bench bench-gpu figures schema clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | column -t -s "$$(printf '\t')"
@@ -41,6 +41,9 @@ format: setup ## rewrite the code in its style
 bench: setup ## the pipeline's own speed
 	$(BIN)/python benchmarks/prompts_stage.py
 	$(BIN)/python benchmarks/overhead.py
+
+bench-gpu: setup ## the decode engines on a GPU of 80 GB
+	$(BIN)/python benchmarks/engines.py --workload 64x1024 32x4096 8x16384
 
 figures: run ## the README's picture, from a run on this machine
 	mkdir -p docs && cp results/plots/bars-long.svg docs/

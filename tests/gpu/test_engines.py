@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from kvbench import engines, methods
 from kvbench.decode import generate
 

@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from kvbench import engines, methods, packed
+from kvbench.cache import cache_bytes
 from kvbench.decode import generate
 from kvbench.errors import Unsupported
 
@@ -68,6 +69,15 @@ def test_buffers_are_used_again_and_leave_no_trace_of_the_run_before() -> None:
     assert run(engine, model, tiny.ids(2, 80, 1), "KnormPress", 10) == first
     other = run(engine, model, tiny.ids(2, 120, 3), "KnormPress", 10)  # other shapes, new buffers
     assert other == generate(model, tiny.ids(2, 120, 3), method("KnormPress"), 10).tokens.tolist()
+
+
+def test_live_bytes_are_those_of_the_dynamic_cache() -> None:
+    model, ids = tiny.model(), tiny.ids(2, 80)
+    engine = engines.engine("graph", ids.device)
+    ours = engine.generate(model, ids, method("KnormPress"), 7, lambda: None, lambda _: None).cache
+    theirs = generate(model, ids, method("KnormPress"), 7).cache
+    assert cache_bytes(ours).live == cache_bytes(theirs).live
+    assert cache_bytes(ours).allocated >= cache_bytes(ours).live
 
 
 def test_ragged_heads_equal_each_head_alone() -> None:

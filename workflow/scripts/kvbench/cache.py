@@ -22,11 +22,11 @@ class CacheBytes:
 
 
 def cache_bytes(cache: Any) -> CacheBytes:
-    """Measure a cache of any of four structures.
+    """Measure a cache of any of five structures.
 
     Parameters
     ----------
-    cache : DMS paged (``layers`` with ``key_blocks`` and ``cache_seq_lengths``), layered (``layers`` with ``keys``
+    cache : our packed one (it knows its ``live_bytes``), DMS paged (``layers`` with ``key_blocks`` and ``cache_seq_lengths``), layered (``layers`` with ``keys``
         and ``values``, as transformers' own), legacy (``key_cache`` and ``value_cache`` lists), or nested tuples
         and lists of tensors.
 
@@ -35,6 +35,10 @@ def cache_bytes(cache: Any) -> CacheBytes:
     TypeError : the structure is none of these; a size of 0 would be a lie.
     """
     layers = getattr(cache, "layers", None)
+    if hasattr(cache, "live_bytes"):
+        return CacheBytes(
+            cache.live_bytes(), _tensor_bytes(t for layer in layers for t in _layer_tensors(layer)).allocated
+        )
     if layers and hasattr(layers[0], "key_blocks"):
         return _paged_bytes(layers)
     if layers is not None:

@@ -31,6 +31,7 @@ class Mask:
     def __init__(self, like: torch.Tensor, kept: int, slots: int, lengths: torch.Tensor | None) -> None:
         self.places = torch.arange(slots, device=like.device)
         self.kept = kept
+        self.lengths = lengths
         self.old = self.places < (kept if lengths is None else lengths[:, :, None, None])
         self.bias = torch.zeros(
             (1, 1, 1, slots) if lengths is None else self.old.shape, dtype=like.dtype, device=like.device
@@ -116,6 +117,18 @@ class PackedCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Kept tokens of a layer."""
         return int(self.layers[layer_idx].kept)
+
+    def live_bytes(self) -> int:
+        """Bytes of the tokens that are held now, without the room for those to come."""
+        step = int(self.step)
+        held = [layer.kept + step if layer.mask.lengths is None else layer.mask.lengths + step for layer in self.layers]
+        return sum(
+            2
+            * int(torch.as_tensor(tokens).expand(layer.keys.shape[:2]).sum())
+            * layer.keys.shape[3]
+            * layer.keys.itemsize
+            for tokens, layer in zip(held, self.layers, strict=True)
+        )
 
     def admit(self) -> None:
         """Let every layer's mask admit the tokens up to the current step."""
