@@ -26,23 +26,20 @@ def cache_bytes(cache: Any) -> CacheBytes:
 
     Parameters
     ----------
-    cache : our packed one (it knows its ``live_bytes``), DMS paged (``layers`` with ``key_blocks`` and ``cache_seq_lengths``), layered (``layers`` with ``keys``
-        and ``values``, as transformers' own), legacy (``key_cache`` and ``value_cache`` lists), or nested tuples
-        and lists of tensors.
+    cache : our packed one (which knows its ``live_bytes``), DMS paged (``layers`` with ``key_blocks`` and
+        ``cache_seq_lengths``), layered (``layers`` with ``keys`` and ``values``, as transformers' own), legacy
+        (``key_cache`` and ``value_cache`` lists), or nested tuples and lists of tensors.
 
     Raises
     ------
     TypeError : the structure is none of these; a size of 0 would be a lie.
     """
     layers = getattr(cache, "layers", None)
-    if hasattr(cache, "live_bytes"):
-        return CacheBytes(
-            cache.live_bytes(), _tensor_bytes(t for layer in layers for t in _layer_tensors(layer)).allocated
-        )
     if layers and hasattr(layers[0], "key_blocks"):
         return _paged_bytes(layers)
     if layers is not None:
-        return _tensor_bytes(t for layer in layers for t in _layer_tensors(layer))
+        measured = _tensor_bytes(tensor for layer in layers for tensor in _layer_tensors(layer))
+        return CacheBytes(cache.live_bytes(), measured.allocated) if hasattr(cache, "live_bytes") else measured
     if hasattr(cache, "key_cache") and hasattr(cache, "value_cache"):
         return _tensor_bytes(_tensors_in([cache.key_cache, cache.value_cache]))
     if isinstance(cache, list | tuple):

@@ -120,15 +120,12 @@ class PackedCache:
 
     def live_bytes(self) -> int:
         """Bytes of the tokens that are held now, without the room for those to come."""
-        step = int(self.step)
-        held = [layer.kept + step if layer.mask.lengths is None else layer.mask.lengths + step for layer in self.layers]
-        return sum(
-            2
-            * int(torch.as_tensor(tokens).expand(layer.keys.shape[:2]).sum())
-            * layer.keys.shape[3]
-            * layer.keys.itemsize
-            for tokens, layer in zip(held, self.layers, strict=True)
-        )
+        step, held = int(self.step), 0
+        for layer in self.layers:
+            rows, heads, _, head_dim = layer.keys.shape
+            kept = rows * heads * layer.kept if layer.mask.lengths is None else int(layer.mask.lengths.sum())
+            held += 2 * (kept + rows * heads * step) * head_dim * layer.keys.itemsize
+        return held
 
     def admit(self) -> None:
         """Let every layer's mask admit the tokens up to the current step."""
