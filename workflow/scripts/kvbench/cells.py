@@ -34,9 +34,9 @@ def prefill(job: Job, workload: Path) -> None:
     """Measure a cell's prefill and write its JSON record."""
 
     def work(facts: dict[str, Any]) -> dict[str, Any]:
+        ready, batch = jobs.ready(job, facts), _batch(workload, facts)
         from kvbench import measure
 
-        ready, batch = jobs.ready(job, facts), _batch(workload, facts)
         ready.method.check(ready.model, len(batch.input_ids))
         run = measure.prefill_article if job.protocol["name"] == "article" else measure.prefill_standard
         return run(ready.model, batch, ready.method, _effort(job))
@@ -58,9 +58,9 @@ def generation(job: Job, workload: Path) -> None:
     """Measure a cell's generation and write one row a repeat."""
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
+        ready, batch = jobs.ready(job, facts), _batch(workload, facts)
         from kvbench import engines, measure
 
-        ready, batch = jobs.ready(job, facts), _batch(workload, facts)
         ready.method.check(ready.model, len(batch.input_ids))
         if job.protocol["name"] == "article":
             return list(measure.generation_article(ready.model, batch, ready.method, _effort(job)))
