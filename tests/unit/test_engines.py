@@ -67,6 +67,8 @@ def test_buffers_are_used_again_and_leave_no_trace_of_the_run_before() -> None:
     first = run(engine, model, tiny.ids(2, 80, 1), "KnormPress", 10)
     run(engine, model, tiny.ids(2, 80, 2), "KnormPress", 10)
     assert run(engine, model, tiny.ids(2, 80, 1), "KnormPress", 10) == first
+    longer = run(engine, model, tiny.ids(2, 80, 1), "KnormPress", 30)  # more room, new buffers
+    assert longer == generate(model, tiny.ids(2, 80, 1), method("KnormPress"), 30).tokens.tolist()
     other = run(engine, model, tiny.ids(2, 120, 3), "KnormPress", 10)  # other shapes, new buffers
     assert other == generate(model, tiny.ids(2, 120, 3), method("KnormPress"), 10).tokens.tolist()
 

@@ -78,7 +78,7 @@ def model_manifest(wildcards):
 
 def workload_sources(wildcards):
     """A model that has no tokenizer needs no prompts."""
-    needed = {"manifest": f"{RESULTS}/models/{wildcards.model}/manifest.json"}
+    needed = {"manifest": model_manifest(wildcards)}
     if has_tokenizer(wildcards.model):
         needed |= {
             "prompts": f"{RESULTS}/prompts/{DATASET}.parquet",

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kvbench import errors, stats
+from kvbench import errors, files, stats
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--csv", required=True, type=Path)
     args = parser.parse_args()
     outputs = {"measurements": args.measurements, "stats": args.stats, "csv": args.csv}
-    stats.write(stats.read_plan(args.plan), args.plan.parent, outputs, args.provenance)
+    stats.write(files.read_json(args.plan), args.plan.parent, outputs, args.provenance)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvbench.errors import UserError
+from kvbench.tables import KEY
 
 Padding = Literal["none", "article"]
 
@@ -48,7 +49,7 @@ def load(path: Path) -> Workload:
     """
     try:
         table = pq.read_table(path, columns=["input_ids"])
-        about = json.loads(table.schema.metadata[b"kvbench"])
+        about = json.loads(table.schema.metadata[KEY])
         return Workload(
             rows=table["input_ids"].to_pylist(),
             **{name: about[name] for name in Workload.__dataclass_fields__ if name != "rows"},

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from kvbench import presses
 from kvbench.errors import UserError
 from kvbench.presses import nearest
+from kvbench.yaml_keys import duplicate_keys
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What a model, method, workload or dataset may be called: it becomes part of a path."""
@@ -390,7 +390,7 @@ def load(data: dict[str, Any], files: list[str] | None = None) -> Config:
     UserError : anything wrong, every problem named by key and value.
     """
     label = ", ".join(files or []) or "the config"
-    duplicates = [problem for file in files or [] for problem in _duplicate_keys(Path(file))]
+    duplicates = [problem for file in files or [] for problem in duplicate_keys(Path(file))]
     try:
         config = Config.model_validate(data)
         problems = duplicates + config.problems()
@@ -424,34 +424,6 @@ def _readable(error: Any) -> str:
     if kind == "string_pattern_mismatch":
         return f"{where}: {value!r} is no {_FORMS.get(error['ctx']['pattern'], 'match for ' + error['ctx']['pattern'])}"
     return f"{where}: {value!r}: {error['msg'].lower()}"
-
-
-class _Strict(yaml.SafeLoader):
-    duplicates: list[str]
-
-
-def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            loader.duplicates.append(
-                f"line {key.start_mark.line + 1}: the key {key.value!r} is given twice; rename or remove one"
-            )
-        seen.add(key.value)
-    return dict(loader.construct_pairs(node, deep=True))
-
-
-_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _duplicate_keys(path: Path) -> list[str]:
-    loader = _Strict(path.read_text("utf-8"))
-    loader.duplicates = []
-    try:
-        loader.get_single_data()
-    finally:
-        loader.dispose()
-    return [f"{path.name} {problem}" for problem in loader.duplicates]
 
 
 def schema() -> dict[str, Any]:

@@ -59,8 +59,8 @@ def generate(
     input_ids: torch.Tensor,
     method: Dense,
     new_tokens: int,
-    mark: Callable[[], None] = _nothing,
-    prefilled: Callable[[Any], None] | None = None,
+    mark: Mark = _nothing,
+    prefilled: Prefilled | None = None,
     stop: Collection[int] = (),
 ) -> Decoded:
     """Greedy decoding of exactly ``new_tokens`` tokens a row, or until every row has ended.

@@ -35,12 +35,7 @@ def exclusive() -> Iterator[torch.device]:
             finally:
                 lock.close()
             return
-        _wait()
-
-
-def _wait() -> None:
-
-    time.sleep(1.0)
+        time.sleep(1.0)
 
 
 def _lock_file(name: str) -> Path:

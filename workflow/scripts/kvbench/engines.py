@@ -1,13 +1,13 @@
 """How decode runs: transformers' eager forward, or one captured step over a packed cache."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from kvbench import decode, packed
-from kvbench.decode import Decoded
+from kvbench.decode import Decoded, Mark, Prefilled
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 
@@ -25,8 +25,8 @@ class Engine(Protocol):
         input_ids: torch.Tensor,
         method: Dense,
         new_tokens: int,
-        mark: Callable[[], None],
-        prefilled: Callable[[Any], None],
+        mark: Mark,
+        prefilled: Prefilled,
     ) -> Decoded: ...
 
 
@@ -42,8 +42,8 @@ class Hf:
         input_ids: torch.Tensor,
         method: Dense,
         new_tokens: int,
-        mark: Callable[[], None],
-        prefilled: Callable[[Any], None],
+        mark: Mark,
+        prefilled: Prefilled,
     ) -> Decoded:
         return decode.generate(model, input_ids, method, new_tokens, mark, prefilled)
 
@@ -69,8 +69,8 @@ class Packed:
         input_ids: torch.Tensor,
         method: Dense,
         new_tokens: int,
-        mark: Callable[[], None],
-        prefilled: Callable[[Any], None],
+        mark: Mark,
+        prefilled: Prefilled,
     ) -> Decoded:
         packed.check(model)
         if method.acts_while_decoding:
@@ -81,7 +81,7 @@ class Packed:
         prefilled(cache)
         packed.check_cache(model, cache)
         position = method.next_position(input_ids.shape[1], cache)
-        if self.state is None or not self.state.cache.fits(cache):
+        if self.state is None or self.state.tokens.shape[1] != new_tokens or not self.state.cache.fits(cache):
             self.state = None  # its memory goes first
             self.state = _State(model, cache, new_tokens, self.compiled)
         else:

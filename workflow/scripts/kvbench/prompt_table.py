@@ -18,6 +18,7 @@ from kvbench.errors import UserError
 from kvbench.files import atomic
 from kvbench.scan import NUMBERS, SPANS, Absent, Part
 from kvbench.sharegpt import Number
+from kvbench.tables import KEY
 
 ROWS_PER_GROUP = 1024
 
@@ -164,7 +165,7 @@ def _joined(places: list[np.ndarray], lengths: list[int]) -> np.ndarray:
 
 
 def _write(tables: Iterator[pa.Table], path: Path, metadata: dict[str, Any]) -> None:
-    schema = SCHEMA.with_metadata({b"kvbench": json.dumps(metadata, sort_keys=True).encode()})
+    schema = SCHEMA.with_metadata({KEY: json.dumps(metadata, sort_keys=True).encode()})
     # Texts neither repeat nor sort, so that dictionaries and statistics of them only cost.
     numbers = [each.name for each in SCHEMA if each.type not in (pa.string(), pa.large_string())]
     with pq.ParquetWriter(

@@ -1,6 +1,5 @@
 """From the jobs' files to the tables: every repeat in one, every cell with medians and intervals in the other."""
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -212,8 +211,3 @@ def missing(stats: Path) -> list[str]:
         for row in rows
         if row["status"] != "ok"
     ]
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """The plan that the workflow wrote: resolved config, cells, protocol."""
-    return dict(json.loads(path.read_text("utf-8")))

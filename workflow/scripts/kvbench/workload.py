@@ -11,7 +11,6 @@
 A model without a tokenizer gets seeded random ids.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvbench import tables
 from kvbench.batch import Padding
 from kvbench.errors import UserError
-from kvbench.files import atomic, read_json
+from kvbench.files import read_json
 from kvbench.manifest import Manifest, check_manifest_files, load_manifest
 from kvbench.scan import HUMAN_ROLES
 from kvbench.sharegpt import Records, read_role, read_texts
@@ -262,7 +262,4 @@ def _write(rows: list[Row], path: Path, about: dict[str, Any]) -> None:
         "prompt_tokens": [len(row.input_ids) for row in rows],
         "input_ids": [row.input_ids for row in rows],
     }
-    metadata = {b"kvbench": json.dumps(about, sort_keys=True).encode()}
-    table = pa.table(columns, schema=SCHEMA).replace_schema_metadata(metadata)
-    with atomic(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    tables.write(path, pa.table(columns, schema=SCHEMA), about)
