@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from kvbench import config, files
+from kvbench import config, files, options
 
 ROOT = Path(__file__).parent.parent.parent
 SECTIONS: dict[str, type[BaseModel]] = {
     "Top level": config.Config,
-    "`dataset`": config.Dataset,
-    "`models`": config.Model,
-    "`workloads`": config.Workload,
-    "`protocol`": config.Protocol,
-    "`outputs`": config.Outputs,
+    "`dataset`": options.Dataset,
+    "`models`": options.Model,
+    "`workloads`": options.Workload,
+    "`protocol`": options.Protocol,
+    "`outputs`": options.Outputs,
+    "`quality`": options.Quality,
+    "`quality.retrieval`": options.Retrieval,
 }
 
 
@@ -35,7 +37,7 @@ def test_every_key_is_described_with_its_default(title: str) -> None:
 
 
 def test_every_source_is_described() -> None:
-    assert re.findall(r"^\| `(\w+)` \|", section("Sources"), re.M) == list(config.SOURCES)
+    assert re.findall(r"^\| `(\w+)` \|", section("Sources"), re.M) == list(options.SOURCES)
 
 
 def test_every_shape_that_comes_with_kvbench_is_named() -> None:

@@ -9,7 +9,7 @@ SCRIPTS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).paren
 sys.path.insert(0, str(SCRIPTS))
 
 from kvbench import config as configs
-from kvbench import grid, stats
+from kvbench import grid, options, stats
 from kvbench.errors import UserError
 from kvbench.provenance import canonical, fingerprint
 
@@ -47,9 +47,9 @@ localrules:
 
 
 wildcard_constraints:
-    model=configs.NAME,
-    method=configs.NAME,
-    workload=configs.NAME,
+    model=options.NAME,
+    method=options.NAME,
+    workload=options.NAME,
 
 
 def script(name):
@@ -64,7 +64,7 @@ def code(name):
 
 def local_files(source):
     """The user's own files of a source, so that a change of one is seen; other sources name their content."""
-    if not isinstance(source, configs.PathSource):
+    if not isinstance(source, options.PathSource):
         return []
     if source.path.is_file():
         return [str(source.path)]
@@ -104,7 +104,7 @@ def output_files(wildcards):
 
 def has_tokenizer(model):
     """Whether a model's token ids come from prompts; those of random weights are drawn."""
-    return not isinstance(CONFIG.models[model].source, configs.RandomSource)
+    return not isinstance(CONFIG.models[model].source, options.RandomSource)
 
 
 def variant_of(wildcards):

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from kvbench.config import Config, DmsMethod, PressMethod
+from kvbench.config import Config
+from kvbench.options import DmsMethod, PressMethod
 
 
 @dataclass(frozen=True)
