@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvbench import engines, measure, methods, sources
+from kvbench import energy, engines, measure, methods, nvml, sources
 from kvbench.loading import load_model
 
 GIB = 2**30
@@ -42,11 +42,11 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, measure.Batc
 )
 def test_the_articles_bytes_and_peaks(setting: Any, spec: dict[str, Any], cache_gib: float, peak_gib: float) -> None:
     model, batch = setting
-    effort = measure.Effort(repeats=1, max_warmup_runs=1)
+    effort = measure.Effort(repeats=1, max_repeats=1, share=0.01, max_warmup_runs=1)
     prefill = measure.prefill_article(model, batch, methods.build(spec), effort)["repeats"][0]
     assert prefill["kv_cache_bytes"] == cache_gib * GIB
     assert prefill["kv_cache_allocated_bytes"] == cache_gib * GIB
-    (generation,) = measure.generation_article(model, batch, methods.build(spec), effort)
+    (generation,) = measure.generation_article(model, batch, methods.build(spec), effort)["repeats"]
     assert generation["peak_generation_bytes"] == pytest.approx(peak_gib * GIB, rel=0.01)
 
 
@@ -56,9 +56,25 @@ def test_event_times_are_ordered_and_within_the_hosts(setting: Any) -> None:
     model, batch = setting
     start = time.perf_counter()
     engine = engines.engine("hf", torch.device("cuda:0"))
-    rows = list(measure.generation_standard(model, batch, methods.Dense(), measure.Effort(2, 1), engine))
+    effort, watch = measure.Effort(2, 2, 0.01, 1), nvml.Watch(nvml.connect(torch.device("cuda:0")))
+    rows = measure.generation_standard(model, batch, methods.Dense(), effort, engine, watch)["repeats"]
     elapsed = time.perf_counter() - start
     assert 0 < sum(row["total_s"] for row in rows) < elapsed
     assert rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
     for row in rows:
+        assert row["sm_clock_mhz"] > 0 and row["power_w"] > 0 and row["throttled"] is not None
         assert row["token_times_s"] == sorted(row["token_times_s"]) and len(row["token_times_s"]) == 100
+
+
+@pytest.mark.parametrize("name", ["graph", "hf"])
+def test_energy_is_that_of_a_busy_gpu(setting: Any, name: str) -> None:
+    model, batch = setting
+    batch = measure.Batch(batch.input_ids[:8], None, 100, 0)
+    engine, gpu = engines.engine(name, torch.device("cuda:0")), nvml.connect(torch.device("cuda:0"))
+    assert gpu is not None
+    effort = measure.Effort(2, 2, 0.5, 1)
+    (run, _) = measure.generation_standard(model, batch, methods.Dense(), effort, engine, nvml.Watch(gpu))["repeats"]
+    joules = energy.per_token(model, batch, methods.Dense(), engine, gpu)
+    assert joules is not None and len(joules) == energy.WINDOWS
+    watts = [each * run["decode_tokens_per_s"] for each in joules]
+    assert all(100 < each < 800 for each in watts), watts

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from kvbench import cells, stats, tables
+from kvbench import cells, intervals, stats, tables
 
 CELL = {
     "model": "m", "method": "knorm", "variant": "knorm", "baseline": "baseline", "compresses": True, "workload": "w",
@@ -44,7 +44,7 @@ def prefill(status: str = "ok", reason: str | None = None, **repeat: Any) -> dic
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))
 def test_the_interval_is_that_of_the_sign_test(values: list[float]) -> None:
-    low, high = stats.interval(values)
+    low, high = intervals.interval(values)
     n, ordered = len(values), sorted(values)
     if n == 1:
         assert (low, high) == (None, None)

@@ -32,8 +32,13 @@ VARIANTS = grid.variants(CONFIG)
 CELLS = grid.cells(CONFIG)
 # inside a deployed environment its own python comes first on the path; elsewhere, the one that runs Snakemake
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+# compiled kernels outlive their job, so that a second one of the same shapes starts in seconds
+COMPILED = Path(RESULTS, "compiled").resolve()
 # what a rule's shell calls by a script's name
-shell.prefix('set -euo pipefail; kvbench() {{ "{PYTHON}" "{SCRIPTS}/$1.py" "${{@:2}}"; }}; ')
+shell.prefix(
+    'set -euo pipefail; export TORCHINDUCTOR_CACHE_DIR="${{TORCHINDUCTOR_CACHE_DIR:-{COMPILED}}}";'
+    ' kvbench() {{ "{PYTHON}" "{SCRIPTS}/$1.py" "${{@:2}}"; }}; '
+)
 
 
 # what needs the network, which compute nodes often lack, or takes a second
@@ -95,6 +100,17 @@ def token_ids(wildcards):
 def cell_files(stage, suffix):
     """The files of one stage for every cell."""
     return [f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}" for c in CELLS]
+
+
+def capacity_files(wildcards):
+    """What fits, for every cell, if the config asks."""
+    return cell_files("capacity", "json") if CONFIG.protocol.capacity else []
+
+
+def smaller_first(wildcards):
+    """A cell that does not fit spares the larger ones of its variant the attempt."""
+    workload = CONFIG.workloads[wildcards.workload]
+    return -workload.batch_size * (workload.prompt_tokens + workload.new_tokens)
 
 
 def output_files(wildcards):

@@ -20,6 +20,7 @@ rule prefill:
         f"{RESULTS}/logs/prefill/{{model}}/{{method}}/{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/prefill/{{model}}/{{method}}/{{workload}}.tsv"
+    priority: smaller_first
     conda:
         "../../envs/gpu.yaml"
     threads: 8
@@ -45,6 +46,7 @@ rule generation:
         f"{RESULTS}/logs/generation/{{model}}/{{method}}/{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/generation/{{model}}/{{method}}/{{workload}}.tsv"
+    priority: smaller_first
     conda:
         "../../envs/gpu.yaml"
     threads: 8
@@ -58,6 +60,31 @@ rule generation:
         "kvbench measure generation --manifest {input.manifest} --workload {input.batch}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
         " --provenance {params.provenance:q} --output {output.rows} 2>&1 | tee {log}"
+
+
+rule capacity:
+    input:
+        manifest=model_manifest,
+        batch=token_ids,
+    output:
+        record=f"{RESULTS}/capacity/{{model}}/{{method}}/{{workload}}.json",
+    log:
+        f"{RESULTS}/logs/capacity/{{model}}/{{method}}/{{workload}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/capacity/{{model}}/{{method}}/{{workload}}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=60,
+    params:
+        **MEASURE,
+    shell:
+        "kvbench measure capacity --manifest {input.manifest} --workload {input.batch}"
+        " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
+        " --provenance {params.provenance:q} --output {output.record} 2>&1 | tee {log}"
 
 
 rule outputs:

@@ -18,6 +18,7 @@ rule stats:
         plan=rules.plan.output.plan,
         prefill=cell_files("prefill", "json"),
         generation=cell_files("generation", "parquet"),
+        capacity=capacity_files,
     output:
         measurements=f"{RESULTS}/measurements.parquet",
         stats=f"{RESULTS}/stats.parquet",

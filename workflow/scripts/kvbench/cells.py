@@ -4,9 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kvbench import files, jobs, tables
 from kvbench.jobs import Job
+
+SIZES = ("batch_size", "prompt_tokens", "new_tokens")
+
+NOT_TRIED = "not tried"
+"""How the reason of a cell begins that was left out because a smaller one had not fitted."""
+
+AUTO_SHARE = {"cuda": 0.01, "cpu": 0.05}
+"""How wide an interval of a median may be where the config leaves it open, as a share of the median."""
 
 GENERATION = pa.schema(
     [
@@ -15,6 +24,8 @@ GENERATION = pa.schema(
         ("status_reason", pa.string()),
         ("ttft_s", pa.float64()),
         ("tpot_s", pa.float64()),
+        ("itl_p50_s", pa.float64()),
+        ("itl_p99_s", pa.float64()),
         ("decode_tokens_per_s", pa.float64()),
         ("prefill_tokens_per_s", pa.float64()),
         ("article_tokens_per_s", pa.float64()),
@@ -26,6 +37,12 @@ GENERATION = pa.schema(
         ("kv_cache_end_bytes", pa.int64()),
         ("tokens_sha256", pa.string()),
         ("warmup_runs", pa.int32()),
+        ("sm_clock_mhz", pa.float64()),
+        ("memory_clock_mhz", pa.float64()),
+        ("temperature_c", pa.float64()),
+        ("power_w", pa.float64()),
+        ("slowed_by", pa.string()),
+        ("throttled", pa.bool_()),
     ]
 )
 
@@ -34,12 +51,16 @@ def prefill(job: Job, workload: Path) -> None:
     """Measure a cell's prefill and write its JSON record."""
 
     def work(facts: dict[str, Any]) -> dict[str, Any]:
+        _must_be_tried(job, facts, workload)
+        facts["workload"] = tables.provenance_of(workload)
         ready, batch = jobs.ready(job, facts), _batch(workload, facts)
         from kvbench import measure
 
         ready.method.check(ready.model, len(batch.input_ids))
-        run = measure.prefill_article if job.protocol["name"] == "article" else measure.prefill_standard
-        return run(ready.model, batch, ready.method, _effort(job))
+        effort = _effort(job, batch)
+        if job.protocol["name"] == "article":
+            return measure.prefill_article(ready.model, batch, ready.method, effort)
+        return measure.prefill_standard(ready.model, batch, ready.method, effort, _watch(batch))
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
         record = {
@@ -58,15 +79,23 @@ def generation(job: Job, workload: Path) -> None:
     """Measure a cell's generation and write one row a repeat."""
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
+        _must_be_tried(job, facts, workload)
+        facts["workload"] = tables.provenance_of(workload)
         ready, batch = jobs.ready(job, facts), _batch(workload, facts)
-        from kvbench import engines, measure
+        from kvbench import energy, engines, measure
 
         ready.method.check(ready.model, len(batch.input_ids))
+        effort = _effort(job, batch)
         if job.protocol["name"] == "article":
-            return list(measure.generation_article(ready.model, batch, ready.method, _effort(job)))
-        engine = engines.engine(job.protocol["engine"], batch.input_ids.device)
+            return list(measure.generation_article(ready.model, batch, ready.method, effort)["repeats"])
+        engine, watch = engines.engine(job.protocol["engine"], batch.input_ids.device), _watch(batch)
         facts["engine"] = engine.name
-        return list(measure.generation_standard(ready.model, batch, ready.method, _effort(job), engine))
+        measured = measure.generation_standard(ready.model, batch, ready.method, effort, engine, watch)
+        facts |= {"process_bytes": measured["process_bytes"]}
+        facts["stopping"] = {"share": effort.share, "settled": measured["settled"]}
+        if job.protocol["energy"]:
+            facts["energy_j_per_token"] = energy.per_token(ready.model, batch, ready.method, engine, watch.gpu)
+        return list(measured["repeats"])
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
         rows = [row | {"repeat": i} for i, row in enumerate(result or [{}])]
@@ -76,6 +105,51 @@ def generation(job: Job, workload: Path) -> None:
     jobs.run(job, work, write)
 
 
+def capacity(job: Job, workload: Path) -> None:
+    """Search the largest batch and the longest prompt of a cell's variant and write what was found."""
+
+    def work(facts: dict[str, Any]) -> dict[str, Any]:
+        from kvbench import capacity
+
+        facts["workload"] = sizes = tables.provenance_of(workload)
+        shape = capacity.Shape(*(sizes[name] for name in SIZES))
+        ready = jobs.ready(job, facts)
+        return capacity.search(ready.model, ready.method, shape, job.protocol["engine"])
+
+    def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
+        record = {"status": status, "status_reason": reason, "provenance": facts}
+        files.write_json(job.output, record | (result or {}))
+
+    jobs.run(job, work, write)
+
+
+def _must_be_tried(job: Job, facts: dict[str, Any], workload: Path) -> None:
+    """Refuse a cell when one of the same variant that is no larger has run out of memory on such a device.
+
+    Raises
+    ------
+    MemoryError : which cell that was.
+    """
+    sizes = tables.provenance_of(workload)
+    for file in sorted(set(job.output.parent.glob(f"*{job.output.suffix}")) - {job.output}):
+        status, reason, known = _outcome(file)
+        alike = all(known.get(key) == facts[key] for key in ("variant", "loading", "protocol", "device", "code"))
+        other = known.get("workload") or {}
+        if status != "oom" or not alike or reason.startswith(NOT_TRIED) or not other:
+            continue
+        if all(other[name] <= sizes[name] for name in SIZES):
+            raise MemoryError(f"{NOT_TRIED}: {file.stem}, which is no larger, ran out of memory on this device")
+
+
+def _outcome(file: Path) -> tuple[str, str, dict[str, Any]]:
+    """Status, reason and facts of a cell's file; either kind."""
+    if file.suffix == ".json":
+        record = files.read_json(file)
+        return record["status"], record["status_reason"] or "", record["provenance"]
+    first = pq.read_table(file, columns=["status", "status_reason"]).slice(0, 1).to_pylist()[0]
+    return first["status"], first["status_reason"] or "", tables.provenance_of(file)
+
+
 def _batch(path: Path, facts: dict[str, Any]) -> Any:
     import torch
 
@@ -83,14 +157,24 @@ def _batch(path: Path, facts: dict[str, Any]) -> Any:
     from kvbench.measure import Batch
 
     loaded = batch.load(path)
-    facts |= {"workload": tables.provenance_of(path), "workload_sha256": files.sha256(path)}
+    facts["workload_sha256"] = files.sha256(path)
     ids, mask = loaded.arrays()
     device = facts["torch_device"]
     on_device = None if mask is None else torch.from_numpy(mask).to(device)
     return Batch(torch.from_numpy(ids).to(device), on_device, loaded.new_tokens, loaded.pad_token_id)
 
 
-def _effort(job: Job) -> Any:
+def _effort(job: Job, batch: Any) -> Any:
     from kvbench.measure import Effort
 
-    return Effort(job.protocol["repeats"], job.protocol["max_warmup_runs"])
+    how = job.protocol
+    share = how["interval_share"]
+    if share == "auto":
+        share = AUTO_SHARE[batch.input_ids.device.type]
+    return Effort(how["repeats"], how["max_repeats"], share, how["max_warmup_runs"])
+
+
+def _watch(batch: Any) -> Any:
+    from kvbench import nvml
+
+    return nvml.Watch(nvml.connect(batch.input_ids.device))

@@ -67,6 +67,10 @@ class Config(Strict):
             found.append(
                 f"protocol.engine: {self.protocol.engine}: the article's protocol is transformers' generate, hf"
             )
+        if self.protocol.max_repeats < self.protocol.repeats:
+            found.append(
+                f"protocol.max_repeats: {self.protocol.max_repeats} is less than repeats, {self.protocol.repeats}"
+            )
         return found + self._variant_problems()
 
     def _model_problems(self, where: str, model: Model) -> list[str]:

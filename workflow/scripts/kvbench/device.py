@@ -5,7 +5,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,11 +124,22 @@ def memory_meter(device: torch.device) -> MemoryMeter:
 
 
 class Clock(Protocol):
-    """Marks moments without making the host wait; `times` gives seconds since the first mark."""
+    """Marks moments without making the host wait; `times` gives seconds since the first mark.
+
+    While `times` waits for the device, and once at its end, it calls ``look``.
+    """
 
     def mark(self) -> None: ...
 
-    def times(self) -> list[float]: ...
+    def times(self, look: Callable[[], None] = ...) -> list[float]: ...
+
+
+LOOK_S = 0.05
+"""Pause between two looks at a device that is still at work."""
+
+
+def _nothing() -> None:
+    return None
 
 
 class CudaClock:
@@ -142,8 +153,11 @@ class CudaClock:
         event.record()
         self.events.append(event)
 
-    def times(self) -> list[float]:
-        self.events[-1].synchronize()
+    def times(self, look: Callable[[], None] = _nothing) -> list[float]:
+        while not self.events[-1].query():
+            look()
+            time.sleep(LOOK_S)
+        look()
         return [self.events[0].elapsed_time(event) / 1e3 for event in self.events]
 
 
@@ -154,10 +168,10 @@ class HostClock:
         self.moments: list[float] = []
 
     def mark(self) -> None:
-
         self.moments.append(time.perf_counter())
 
-    def times(self) -> list[float]:
+    def times(self, look: Callable[[], None] = _nothing) -> list[float]:
+        look()
         return [moment - self.moments[0] for moment in self.moments]
 
 

@@ -130,6 +130,7 @@ def ready(job: Job, facts: dict[str, Any]) -> Ready:
     loaded = load_model(manifest, job.loading["dtype"], job.loading["attention"], torch.device(facts["torch_device"]))
     facts |= {
         "load_s": loaded.load_s,
+        "load_state": loaded.load_state,
         "weights_bytes": loaded.weights_bytes,
         "dtype": str(loaded.model.dtype),
     }

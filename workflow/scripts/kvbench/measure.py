@@ -2,9 +2,11 @@
 
 import gc
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from kvbench import device as devices
 from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.decode import prefill
 from kvbench.engines import Engine
+from kvbench.intervals import noise
 from kvbench.methods import Dense
+from kvbench.nvml import Watch
 
 SETTLED = 0.02
 """Two warm-up runs that differ by less than this share end the warm-up."""
@@ -43,42 +47,57 @@ class Batch:
 
 @dataclass(frozen=True)
 class Effort:
-    """How often: measured repeats, and unmeasured runs before them at most."""
+    """How often.
+
+    Attributes
+    ----------
+    repeats : measured runs at least, not counting those that the device was throttled in.
+    max_repeats : measured runs at most, counting those.
+    share : runs go on until the 95% interval of the median reaches no further from it than this share of it.
+    max_warmup_runs : unmeasured runs before them, at most.
+    """
 
     repeats: int
+    max_repeats: int
+    share: float
     max_warmup_runs: int
 
 
 Record = dict[str, Any]
 
 
-def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort) -> Record:
+def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort, watch: Watch) -> Record:
     """Prefill with compression, warm: its times, its peak memory, and the bytes of the cache it leaves."""
     memory = devices.memory_meter(batch.input_ids.device)
 
     def run() -> Record:
         clock = devices.clock(batch.input_ids.device)
         memory.reset()
+        watch.begin()
         clock.mark()
         _, cache = prefill(model, batch.input_ids, method)
         clock.mark()
         return {
-            "ttft_s": clock.times()[1],
+            "ttft_s": clock.times(watch.look)[1],
             "peak_prefill_bytes": memory.peak(),
+            "reserved_prefill_bytes": memory.reserved(),
+            **watch.end(),
             **_cache_record(model, batch, cache),
         }
 
     warmup, _ = _warm_up(run, "ttft_s", effort.max_warmup_runs)
-    repeats = [run() for _ in _progress(effort.repeats, "prefill")]
-    _check_count(repeats[-1], method, model)
-    return {"repeats": repeats, "warmup_runs": warmup}
+    measured = _until_settled(run, ("ttft_s",), effort, "prefill")
+    _check_count(measured["repeats"][-1], method, model)
+    return measured | {"warmup_runs": warmup}
 
 
-def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort, engine: Engine) -> Iterator[Record]:
+def generation_standard(
+    model: Any, batch: Batch, method: Dense, effort: Effort, engine: Engine, watch: Watch
+) -> Record:
     """Whole generations, warm: one record a repeat, with the time of every token.
 
-    Times run from before the prefill. With N new tokens t_1 … t_N: TTFT is t_1, a decode step is one of N−1, and
-    decode throughput is batch × (N−1) / (t_N − t_1).
+    Times run from before the prefill. With N new tokens t_1 … t_N: TTFT is t_1, a decode step is one of N−1, its time
+    is the inter-token latency (ITL), and decode throughput is batch × (N−1) / (t_N − t_1).
     """
     rows, prompt_tokens = batch.input_ids.shape
     memory = devices.memory_meter(batch.input_ids.device)
@@ -92,12 +111,16 @@ def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort,
             memory.reset()
 
         memory.reset()
+        watch.begin()
         decoded = engine.generate(model, batch.input_ids, method, batch.new_tokens, clock.mark, prefilled)
-        times = clock.times()[1:]
+        times = clock.times(watch.look)[1:]
         peak_decode, decode_s = memory.peak(), times[-1] - times[0]
+        latencies = sorted(later - earlier for earlier, later in pairwise(times))
         return {
             "ttft_s": times[0],
             "tpot_s": decode_s / (batch.new_tokens - 1),
+            "itl_p50_s": _percentile(latencies, 50),
+            "itl_p99_s": _percentile(latencies, 99),
             "decode_tokens_per_s": rows * (batch.new_tokens - 1) / decode_s,
             "prefill_tokens_per_s": rows * prompt_tokens / times[0],
             "article_tokens_per_s": rows * batch.new_tokens / decode_s,
@@ -108,12 +131,14 @@ def generation_standard(model: Any, batch: Batch, method: Dense, effort: Effort,
             "reserved_bytes": memory.reserved(),
             "kv_cache_end_bytes": cache_bytes(decoded.cache).live,
             "tokens_sha256": hashlib.sha256(decoded.tokens.cpu().numpy().tobytes()).hexdigest(),
+            **watch.end(),
         }
 
     warmup, first = _warm_up(run, "tpot_s", effort.max_warmup_runs)
     own = {key: first[key] for key in _MEMORY} if engine.keeps_buffers else {}
-    for _ in _progress(effort.repeats, "generation"):
-        yield run() | own | {"warmup_runs": warmup}
+    measured = _until_settled(run, ("ttft_s", "tpot_s"), effort, "generation")
+    measured["repeats"] = [record | own | {"warmup_runs": warmup} for record in measured["repeats"]]
+    return measured | {"process_bytes": watch.gpu.process_bytes() if watch.gpu else None}
 
 
 def prefill_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> Record:
@@ -142,7 +167,7 @@ def prefill_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> 
     return {"repeats": [run() for _ in _progress(effort.repeats, "prefill")], "warmup_runs": 0}
 
 
-def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> Iterator[Record]:
+def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> Record:
     """The article's generation: transformers' ``generate`` with the padding mask, cold, timed as a whole.
 
     Source: the article's ``get_generation_stats``. Its first run is the article's; further repeats are warm.
@@ -152,7 +177,8 @@ def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) 
     settings = model.generation_config
     settings.pad_token_id, settings.eos_token_id, settings.do_sample = batch.pad_token_id, None, False
     mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-    for _ in _progress(effort.repeats, "generation"):
+
+    def run() -> Record:
         _clean(memory)
         with torch.no_grad(), method.everywhere(model):
             start = time.time()
@@ -162,13 +188,15 @@ def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) 
             _synchronize(batch.input_ids.device)
             total = time.time() - start
         new = tokens[:, batch.input_ids.shape[1] :]
-        yield {
+        return {
             "total_s": total,
             "peak_generation_bytes": memory.peak(),
             "reserved_bytes": memory.reserved(),
             "tokens_sha256": hashlib.sha256(new.cpu().numpy().tobytes()).hexdigest(),
             "warmup_runs": 0,
         }
+
+    return {"repeats": [run() for _ in _progress(effort.repeats, "generation")]}
 
 
 def _cache_record(model: Any, batch: Batch, cache: Any) -> Record:
@@ -200,6 +228,32 @@ def _warm_up(run: Callable[[], Record], key: str, at_most: int) -> tuple[int, Re
             return count, first
         last = record
     return at_most, first
+
+
+def _until_settled(run: Callable[[], Record], keys: tuple[str, ...], effort: Effort, what: str) -> Record:
+    """Repeat a run until the medians of ``keys`` are known well enough, or as often as allowed.
+
+    Returns
+    -------
+    The records, and whether the asked precision was reached.
+    """
+    records: list[Record] = []
+    settled = False
+    with tqdm(total=effort.repeats, desc=what, unit="run", mininterval=1.0) as bar:
+        while len(records) < effort.max_repeats and not settled:
+            records.append(run())
+            bar.total = max(bar.total, len(records))
+            bar.update()
+            steady = [record for record in records if not record["throttled"]]
+            settled = len(steady) >= effort.repeats and all(
+                (noise([record[key] for record in steady]) or 0.0) <= effort.share for key in keys
+            )
+    return {"repeats": records, "settled": settled}
+
+
+def _percentile(ordered: list[float], percent: int) -> float:
+    """The nearest-rank percentile of values in ascending order."""
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def _progress(repeats: int, what: str) -> Iterator[int]:

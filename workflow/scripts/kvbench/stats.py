@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvbench import files, tables
+from kvbench.intervals import interval, noise
 
 MEASURED = (
     "ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s article_tokens_per_s kv_cache_bytes"
@@ -26,6 +27,18 @@ _KIND = {
     "simulated": pa.bool_(),
 }
 
+_CONDITIONS = ["sm_clock_mhz", "temperature_c", "power_w", "reserved_bytes", "reserved_prefill_bytes"]
+"""What the device was like in a cell's runs: their median."""
+
+_ONCE = ["weights_bytes", "process_bytes", "import_s", "load_s", "work_s", "tokenization_s"]
+"""What a job tells once."""
+
+_EXTRA = [
+    *("total_s", "itl_p50_s", "itl_p99_s", "peak_decode_bytes", "kv_cache_end_bytes", "memory_clock_mhz"),
+    *_CONDITIONS,
+    *_ONCE,
+]
+
 STATS = pa.schema(
     [(name, _KIND.get(name, pa.string())) for name in _NAMES + _SHAPE + _HOW]
     + [
@@ -37,9 +50,22 @@ STATS = pa.schema(
     + [(name, pa.float64()) for name in MEASURED]
     + [(f"{name}_{end}", pa.float64()) for name in MEASURED for end in ("low", "high")]
     + [("baseline", pa.string()), ("attention", pa.string()), ("article_warm_tokens_per_s", pa.float64())]
+    + [
+        (name, pa.float64())
+        for latency in ("itl_p50_s", "itl_p99_s")
+        for name in (latency, f"{latency}_low", f"{latency}_high")
+    ]
+    + [
+        ("ttft_noise", pa.float64()),
+        ("tpot_noise", pa.float64()),
+        ("interval_share", pa.float64()),
+        ("settled", pa.bool_()),
+    ]
+    + [("throttled_repeats", pa.int64()), ("slowed_by", pa.string())]
+    + [(name, pa.float64()) for name in _CONDITIONS + _ONCE]
+    + [("load_state", pa.string())]
+    + [("largest_batch", pa.int64()), ("longest_prompt_tokens", pa.int64())]
 )
-
-_EXTRA = ["total_s", "peak_decode_bytes", "reserved_bytes", "kv_cache_end_bytes", "load_s", "weights_bytes"]
 
 MEASUREMENTS = pa.schema(
     [(name, _KIND.get(name, pa.string())) for name in _NAMES + _SHAPE + _HOW]
@@ -52,6 +78,8 @@ MEASUREMENTS = pa.schema(
     + [(name, pa.float64()) for name in MEASURED + _EXTRA]
     + [
         ("warmup_runs", pa.int64()),
+        ("throttled", pa.bool_()),
+        ("slowed_by", pa.string()),
         ("attention", pa.string()),
         ("dtype", pa.string()),
         ("tokens_sha256", pa.string()),
@@ -72,9 +100,9 @@ def merge(plan: dict[str, Any], folder: Path) -> tuple[list[Row], list[Row]]:
     """
     measurements, stats = [], []
     for cell in plan["cells"]:
-        repeats = _repeats(cell, plan["protocol"], folder)
+        repeats, facts = _repeats(cell, plan["protocol"], folder)
         measurements += repeats
-        stats.append(_summary(cell, repeats))
+        stats.append(_summary(cell, repeats, facts) | _capacity(cell, plan["protocol"], folder))
     return measurements, stats
 
 
@@ -98,32 +126,8 @@ def _machine(plan: dict[str, Any], folder: Path) -> Row:
     return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}
 
 
-def interval(values: list[float]) -> tuple[float | None, float | None]:
-    """A distribution-free 95% interval of the median: order statistics of the sign test.
-
-    Fewer than 6 values cannot give 95%: then it is their full range, which covers the median with probability
-    1 − 2^(1−n). One value has no interval.
-
-    Source: Hollander, Wolfe & Chicken, Nonparametric Statistical Methods, section 3.6.
-    """
-    n = len(values)
-    if n < 2:
-        return None, None
-    ordered, outside, tail = sorted(values), 0, 0.5**n
-    while tail + _binomial(n, outside + 1) <= 0.025:
-        outside += 1
-        tail += _binomial(n, outside)
-    return ordered[outside], ordered[n - 1 - outside]
-
-
-def _binomial(n: int, k: int) -> float:
-    from math import comb
-
-    return comb(n, k) * 0.5**n
-
-
-def _repeats(cell: Row, protocol: Row, folder: Path) -> list[Row]:
-    """One row a repeat: generation joined with the prefill job's cache bytes, peak and (article) times."""
+def _repeats(cell: Row, protocol: Row, folder: Path) -> tuple[list[Row], Row]:
+    """One row a repeat: generation joined with the prefill job's cache bytes, peak and (article) times; job's facts."""
     variant = Path(cell["model"], cell["method"])
     prefill = files.read_json(folder / "prefill" / variant / f"{cell['workload']}.json")
     file = folder / "generation" / variant / f"{cell['workload']}.parquet"
@@ -137,15 +141,15 @@ def _repeats(cell: Row, protocol: Row, folder: Path) -> list[Row]:
         "status_reason": bad["status_reason"] if bad else None,
         "attention": facts.get("attention"),
         "dtype": facts.get("dtype"),
-        "load_s": facts.get("load_s"),
-        "weights_bytes": facts.get("weights_bytes"),
     }
+    known |= {name: facts.get(name) for name in _ONCE}
+    known["tokenization_s"] = facts.get("workload", {}).get("tokenization_s")
     cache = _cache(cell, prefill["repeats"][-1] if prefill["repeats"] else {})
     cache["simulated"] = _simulated(cell, cache, generation[0].get("kv_cache_end_bytes"))
     return [
         known | cache | _timed(row, prefill["repeats"], protocol["name"], cell) | {"repeat": row["repeat"]}
         for row in generation
-    ]
+    ], facts
 
 
 def _cache(cell: Row, record: Row) -> Row:
@@ -157,6 +161,7 @@ def _cache(cell: Row, record: Row) -> Row:
         "kv_cache_full_bytes": full,
         "kv_compression_factor": full / live if full and live else None,
         "peak_prefill_bytes": record.get("peak_prefill_bytes"),
+        "reserved_prefill_bytes": record.get("reserved_prefill_bytes"),
     }
 
 
@@ -181,22 +186,53 @@ def _timed(row: Row, prefills: list[Row], protocol: str, cell: Row) -> Row:
     return timed
 
 
-def _summary(cell: Row, repeats: list[Row]) -> Row:
+def _summary(cell: Row, repeats: list[Row], facts: Row) -> Row:
+    """A cell's medians and intervals, over the repeats in which the device held its speed (all, if it never did)."""
     first = repeats[0]
+    steady = [r for r in repeats if not r.get("throttled")] or repeats
     row = {
         key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, "status", "status_reason", "simulated", "attention"]
     }
     row["baseline"] = cell["baseline"] if cell["baseline"] != cell["variant"] else None
-    row["repeats"] = len(repeats) if first["status"] == "ok" else 0
+    row["repeats"] = len(steady) if first["status"] == "ok" else 0
     cold = first["protocol"] == "article"
-    for name in MEASURED:
-        values = [r[name] for r in repeats if r.get(name) is not None]
+    for name in [*MEASURED, "itl_p50_s", "itl_p99_s"]:
+        values = _values(steady, name)
+        if name == "energy_j_per_token":
+            values = facts.get(name) or []
         # the article runs once and cold: its number is the first run's, and the warm ones stand apart
         row[name] = None if not values else values[0] if cold and name in _COLD else median(values)
         row[f"{name}_low"], row[f"{name}_high"] = (None, None) if cold and name in _COLD else interval(values)
-    warm = [r["article_tokens_per_s"] for r in repeats[1:] if r.get("article_tokens_per_s") is not None]
+    warm = _values(repeats[1:], "article_tokens_per_s")
     row["article_warm_tokens_per_s"] = median(warm) if cold and warm else None
-    return row
+    return row | _conditions(repeats, steady, facts)
+
+
+def _capacity(cell: Row, protocol: Row, folder: Path) -> Row:
+    if not protocol.get("capacity"):
+        return {}
+    found = files.read_json(folder / "capacity" / cell["model"] / cell["method"] / f"{cell['workload']}.json")
+    return {name: found.get(name) for name in ("largest_batch", "longest_prompt_tokens")}
+
+
+def _conditions(repeats: list[Row], steady: list[Row], facts: Row) -> Row:
+    """How far to trust a cell: its noise and stopping rule, and what the device was like."""
+    stopping = facts.get("stopping", {})
+    row = {
+        "ttft_noise": noise(_values(steady, "ttft_s")),
+        "tpot_noise": noise(_values(steady, "tpot_s")),
+        "interval_share": stopping.get("share"),
+        "settled": stopping.get("settled"),
+        "throttled_repeats": sum(bool(r.get("throttled")) for r in repeats),
+        "slowed_by": ", ".join(sorted({r["slowed_by"] for r in repeats if r.get("slowed_by")})) or None,
+        "load_state": facts.get("load_state"),
+    }
+    row |= {name: repeats[0].get(name) for name in _ONCE}
+    return row | {name: median(found) if (found := _values(steady, name)) else None for name in _CONDITIONS}
+
+
+def _values(rows: list[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
 
 
 _COLD = {"ttft_s", "article_tokens_per_s", "peak_prefill_bytes", "peak_generation_bytes"}

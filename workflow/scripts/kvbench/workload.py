@@ -11,6 +11,7 @@
 A model without a tokenizer gets seeded random ids.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -129,7 +130,16 @@ def _tokenized(
         "pad_token_id": tokenizer.eos_token_id,
         "eos_token_ids": _eos_token_ids(model, tokenizer.eos_token_id),
         "chat_template": templated,
+        "tokenization_s": _tokenization_s(tokenizer, rows),
     }
+
+
+def _tokenization_s(tokenizer: Any, rows: list[Row]) -> float:
+    """Seconds that the batch's texts take to become ids; no part of TTFT here, though a server's user waits for it."""
+    texts = tokenizer.batch_decode([row.input_ids for row in rows])
+    start = time.perf_counter()
+    tokenizer(texts, add_special_tokens=False, verbose=False)
+    return time.perf_counter() - start
 
 
 def _first_prompts(tokenizer: Any, prompts: Path, request: Request) -> list[Row]:
