@@ -16,7 +16,7 @@ from kvbench import files, tables  # noqa: E402
 def main() -> None:
     run(timed=False)
     print(f"{'job':58} {'wall':>7} {'import':>7} {'load':>7} {'measure':>8} {'rest':>7}   seconds")
-    for row in sorted(rows()):
+    for row in sorted(rows(ROOT / "results")):
         print(row)
     print(f"a run with nothing to do: {run(timed=True):.2f} s")
 
@@ -31,14 +31,14 @@ def run(timed: bool) -> float:
     return time.perf_counter() - start
 
 
-def rows() -> list[str]:
+def rows(results: Path) -> list[str]:
     """A line for each job on the device: its wall time by Snakemake's benchmark, its parts by its own clock."""
     found = []
-    for benchmark in (ROOT / "results" / "benchmarks").rglob("*.tsv"):
-        job = benchmark.relative_to(ROOT / "results" / "benchmarks").with_suffix("")
+    for benchmark in (results / "benchmarks").rglob("*.tsv"):
+        job = benchmark.relative_to(results / "benchmarks").with_suffix("")
         header, values = (line.split("\t") for line in benchmark.read_text().splitlines()[:2])
         wall = float(values[header.index("s")])
-        facts = facts_of(ROOT / "results" / job)
+        facts = facts_of(results / job)
         parts = [facts.get(name) for name in ("import_s", "load_s", "work_s")]
         if all(part is not None for part in parts):
             cells = f"{parts[0]:7.2f} {parts[1]:7.2f} {parts[2]:8.2f} {wall - sum(parts):7.2f}"
