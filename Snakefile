@@ -13,7 +13,7 @@ if not workflow.overwrite_configfiles and "models" not in config:
 include: "workflow/rules/common.smk"  # the config, validated; names, paths and what each job depends on
 include: "workflow/rules/fetch.smk"  # models, dataset  -> models/*/manifest.json, datasets/*/manifest.json
 include: "workflow/rules/prompts.smk"  # dataset          -> prompts/*.parquet, workloads/*/*.parquet
-include: "workflow/rules/measure.smk"  # a cell           -> prefill/*.json, generation/*.parquet; outputs/*.parquet
+include: "workflow/rules/measure.smk"  # device, a cell   -> device/rates.json; prefill/*.json, generation/*.parquet; outputs/*.parquet
 include: "workflow/rules/stats.smk"  # every cell       -> measurements, stats
 include: "workflow/rules/plots.smk"  # stats            -> plots/*.svg, *.png
 include: "workflow/rules/report.smk"  # everything       -> report.html

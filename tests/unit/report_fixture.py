@@ -25,6 +25,16 @@ MEASURED = [
     "mfu",
     "energy_j_per_token",
 ]
+LIMITS = [
+    "fastest_ttft_s",
+    "fastest_tpot_s",
+    "prefill_bytes",
+    "prefill_flops",
+    "decode_step_bytes",
+    "decode_step_flops",
+    "copy_bytes_per_s",
+    "matmul_flops_per_s",
+]
 WORKLOADS = {"chat": (4, 256, 32), "long": (1, 2048, 64)}
 SPEED = {
     "baseline": 27.4,
@@ -95,8 +105,11 @@ def _cell(method: str, workload: str, device: str, protocol: str) -> dict[str, A
         "baseline": None if method == "baseline" else "baseline",
         "attention": "sdpa",
         "article_warm_tokens_per_s": None,
+        "dtype": "torch.float32",
     }
     values = _values(method, workload, full)
+    values |= dict.fromkeys(LIMITS) if protocol == "article" else _limits(values, workload)
+    cell |= {column: values.get(column) for column in LIMITS}
     for column in MEASURED:
         value = values.get(column) if column != "article_tokens_per_s" or protocol == "article" else None
         spread = 0.0 if column.startswith("kv_") else 0.02
@@ -123,13 +136,32 @@ def _values(method: str, workload: str, full: int) -> dict[str, float]:
         "kv_compression_factor": full / live,
         "peak_prefill_bytes": 1.1e9 + full * 3,
         "peak_generation_bytes": 1.0e9 + full + live,
-        "mbu": 0.12,
+    }
+
+
+def _limits(values: dict[str, float], workload: str) -> dict[str, float]:
+    """Limits of 135 million float32 parameters on a device that copies 40 GB/s and multiplies at 500 GFLOP/s."""
+    batch, prompt, new = WORKLOADS[workload]
+    prefill_bytes, prefill_flops = 5.38e8 + values["kv_cache_full_bytes"], 2.7e8 * batch * prompt
+    step_bytes, step_flops = 5.38e8 + values["kv_cache_bytes"] + new / 2 * batch * 23040, 2.7e8 * batch
+    return {
+        "fastest_ttft_s": max(prefill_bytes / 4e10, prefill_flops / 5e11),
+        "fastest_tpot_s": max(step_bytes / 4e10, step_flops / 5e11),
+        "prefill_bytes": prefill_bytes,
+        "prefill_flops": prefill_flops,
+        "decode_step_bytes": step_bytes,
+        "decode_step_flops": step_flops,
+        "copy_bytes_per_s": 4e10,
+        "matmul_flops_per_s": 5e11,
+        "mfu": prefill_flops / values["ttft_s"] / 5e11,
+        "mbu": step_bytes / values["tpot_s"] / 4e10,
     }
 
 
 def _blank(cell: dict[str, Any], status: str, reason: str) -> None:
     for column in MEASURED:
         cell[column] = cell[f"{column}_low"] = cell[f"{column}_high"] = None
+    cell.update(dict.fromkeys(LIMITS))
     cell.update(status=status, status_reason=reason, repeats=0, simulated=None)
 
 
@@ -153,7 +185,6 @@ def measurements(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shifts = (-0.018, -0.006, 0.0, 0.004, 0.017) if cell["status"] == "ok" else (0.0,)
         for repeat, shift in enumerate(shifts):
             row = {key: value for key, value in cell.items() if not key.endswith(("_low", "_high"))}
-            row["dtype"] = "torch.float32"
             for column in MEASURED:
                 if row[column] is not None and not column.startswith("kv_"):
                     row[column] *= 1 + shift

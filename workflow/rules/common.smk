@@ -48,6 +48,7 @@ localrules:
     plan,
     stats,
     bars,
+    roofline,
     report,
 
 

@@ -1,5 +1,6 @@
-# What is measured: one job a cell for prefill, one for generation, and one a variant for its texts. Each takes one
-# device; a failure inside a job becomes a row with its reason, so nothing here stops the run.
+# What is measured: what the device does at best, then one job a cell for prefill, one for generation, and one a variant
+# for its texts. Each takes one device; a failure inside a job becomes a row with its reason, so nothing here stops the
+# run.
 
 
 MEASURE = dict(
@@ -8,6 +9,27 @@ MEASURE = dict(
     protocol=canonical(CONFIG.protocol.model_dump()),
     provenance=code("measure"),
 )
+
+
+rule device_rates:
+    # as many threads as a measurement has, since a CPU's rates are those of its threads
+    output:
+        rates=f"{RESULTS}/device/rates.json",
+    log:
+        f"{RESULTS}/logs/device/rates.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/device/rates.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 8
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=10,
+    params:
+        provenance=code("rates"),
+    shell:
+        "kvbench rates --provenance {params.provenance:q} --output {output.rates} 2>&1 | tee {log}"
 
 
 rule prefill:

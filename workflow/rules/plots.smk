@@ -23,3 +23,27 @@ rule bars:
     shell:
         "kvbench plots --stats {input.stats} --workload {wildcards.workload}"
         " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"
+
+
+rule roofline:
+    input:
+        stats=rules.stats.output.stats,
+    output:
+        svg=report(
+            f"{RESULTS}/plots/roofline.svg",
+            caption="../report/roofline.rst",
+            category="Speed and memory",
+            labels={"workload": "all, beside the device's limits"},
+        ),
+        png=f"{RESULTS}/plots/roofline.png",
+    log:
+        f"{RESULTS}/logs/plots/roofline.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plots/roofline.tsv"
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        provenance=code("roofline"),
+    shell:
+        "kvbench roofline --stats {input.stats}"
+        " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"

@@ -14,7 +14,7 @@ rule report:
             [rules.fetch_dataset.output.manifest] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []
         ),
         models=sorted({f"{RESULTS}/models/{v.model}/manifest.json" for v in VARIANTS}),
-        plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads],
+        plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads] + [rules.roofline.output.svg],
         plan=rules.plan.output.plan,
     output:
         html=report(

@@ -19,6 +19,7 @@ rule stats:
         prefill=cell_files("prefill", "json"),
         generation=cell_files("generation", "parquet"),
         capacity=capacity_files,
+        rates=rules.device_rates.output.rates,
     output:
         measurements=f"{RESULTS}/measurements.parquet",
         stats=f"{RESULTS}/stats.parquet",

@@ -9,7 +9,7 @@ from kvbench import errors, files, stats
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", required=True, type=Path, help="plan.json, beside prefill and generation")
+    parser.add_argument("--plan", required=True, type=Path, help="plan.json, beside prefill, generation and device")
     parser.add_argument("--provenance", required=True, type=json.loads, help="a JSON object")
     parser.add_argument("--measurements", required=True, type=Path)
     parser.add_argument("--stats", required=True, type=Path)

@@ -117,6 +117,7 @@ def ready(job: Job, facts: dict[str, Any]) -> Ready:
     import torch
 
     from kvbench import methods
+    from kvbench.architecture import describe
     from kvbench.loading import load_model
     from kvbench.manifest import load_manifest
 
@@ -133,6 +134,7 @@ def ready(job: Job, facts: dict[str, Any]) -> Ready:
         "load_state": loaded.load_state,
         "weights_bytes": loaded.weights_bytes,
         "dtype": str(loaded.model.dtype),
+        "model_config": describe(loaded.model.config),
     }
     facts |= {"engine": "hf", "attention": loaded.model.config._attn_implementation}
     return Ready(loaded.model, manifest, method)

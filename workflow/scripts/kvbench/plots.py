@@ -68,14 +68,18 @@ def draw(stats: str | Path, workload: str, provenance: str, svg: str | Path, png
     if not any(row["workload"] == workload for row in rows):
         known = ", ".join(unique(row["workload"] for row in rows)) or "none"
         raise UserError(f"{stats} has no workload {workload!r}", f"Name one that it has: {known}")
-    about = json.dumps(json.loads(provenance), sort_keys=True)
     with plt.rc_context(STYLE):
-        figure = bars(rows, workload)
-        with files.atomic(svg) as path:
-            figure.savefig(path, format="svg", metadata={"Date": None, "Description": about})
-        with files.atomic(png) as path:
-            figure.savefig(path, format="png", dpi=160, metadata={"Software": None, "Description": about})
-        plt.close(figure)
+        save(bars(rows, workload), provenance, svg, png)
+
+
+def save(figure: Figure, provenance: str, svg: str | Path, png: str | Path) -> None:
+    """Write a figure as SVG and PNG with its provenance (JSON) and nothing that changes between runs; close it."""
+    about = json.dumps(json.loads(provenance), sort_keys=True)
+    with files.atomic(svg) as path:
+        figure.savefig(path, format="svg", metadata={"Date": None, "Description": about})
+    with files.atomic(png) as path:
+        figure.savefig(path, format="png", dpi=160, metadata={"Software": None, "Description": about})
+    plt.close(figure)
 
 
 def bars(rows: Sequence[Row], workload: str) -> Figure:
@@ -133,8 +137,8 @@ def _page(lines: Sequence[Line], cells: Sequence[Row], rows: Sequence[Row]) -> t
     facts = [listing for listing in _facts(cells) if listing]
     figure = plt.figure(figsize=(WIDTH, 1), facecolor=PAPER)
     figure.patch.set_gid("paper")
-    subtitle = _wrap(figure, " · ".join(facts), fontsize=9)
-    notes = [part for note in _notes(cells, lines) for part in _wrap(figure, note, fontsize=8)]
+    subtitle = wrap(figure, " · ".join(facts), fontsize=9)
+    notes = [part for note in _notes(cells, lines) for part in wrap(figure, note, fontsize=8)]
     pitch = 0.33 if len(lines) <= 14 else 0.25
     top = 0.36 + 0.19 * len(subtitle) + 0.42
     height = top + pitch * len(lines) + 0.14 + 0.17 * len(notes)
@@ -148,7 +152,7 @@ def _page(lines: Sequence[Line], cells: Sequence[Row], rows: Sequence[Row]) -> t
         write(part, 0.36 + 0.19 * index, color=MUTED)
     for index, note in enumerate(notes):
         write(note, height - 0.06 - 0.17 * (len(notes) - index), color=MUTED, fontsize=8)
-    names = max(_width(figure, line.text, fontsize=9, fontweight="bold" if several else "normal") for line in lines)
+    names = max(text_width(figure, line.text, fontsize=9, fontweight="bold" if several else "normal") for line in lines)
     return figure, MARGIN + names + 0.12, top, notes
 
 
@@ -190,19 +194,19 @@ def _notes(cells: Sequence[Row], lines: Sequence[Line]) -> list[str]:
     return notes
 
 
-def _width(figure: Figure, text: str, **style: Any) -> float:
+def text_width(figure: Figure, text: str, **style: Any) -> float:
     """Inches that ``text`` takes."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     ink = Text(0, 0, text, figure=figure, **style)
     return float(ink.get_window_extent(renderer).width / figure.dpi)
 
 
-def _wrap(figure: Figure, text: str, **style: Any) -> list[str]:
+def wrap(figure: Figure, text: str, **style: Any) -> list[str]:
     """Lines of ``text`` that fit the page's width."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _width(figure, longer, **style) <= WIDTH - 2 * MARGIN:
+        if lines and text_width(figure, longer, **style) <= WIDTH - 2 * MARGIN:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -300,9 +304,9 @@ def _fit(axes: Axes, ends: dict[int, float], labels: dict[int, tuple[str, str]])
     width = axes.get_position().width * WIDTH
     pad, space = 0.06, 0.07
     halo = {"facecolor": PAPER, "linewidth": 0, "pad": 0.8}
-    value_width = {y: _width(figure, value, fontweight="bold") for y, (value, _) in labels.items()}
+    value_width = {y: text_width(figure, value, fontweight="bold") for y, (value, _) in labels.items()}
     taken = {
-        y: pad + value_width[y] + (space + _width(figure, change, fontsize=8) if change else 0)
+        y: pad + value_width[y] + (space + text_width(figure, change, fontsize=8) if change else 0)
         for y, (_, change) in labels.items()
     }
     limit = max((ends[y] * width / max(width - taken[y], 0.3) for y in ends), default=1.0) or 1.0

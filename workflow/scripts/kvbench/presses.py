@@ -31,13 +31,14 @@ class Argument:
 
 @dataclass
 class Press:
-    """A press class: its bases by name and its constructor arguments, inherited ones first."""
+    """A press class: its bases by name, its constructor arguments (inherited ones first), and its own methods."""
 
     name: str
     bases: list[str]
     arguments: dict[str, Argument] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
     own_init: bool = False
+    methods: set[str] = field(default_factory=set)
 
 
 def check(spec: dict[str, Any], where: str) -> list[str]:
@@ -99,8 +100,18 @@ def catalogue() -> dict[str, Press]:
     return {name: replace(press, arguments=_arguments(press, classes)) for name, press in presses.items()}
 
 
+def is_plain_scorer(name: str) -> bool:
+    """Whether a press only scores, and leaves to ScorerPress how many tokens are kept and when."""
+    if name == "ScorerPress":
+        return True
+    press = catalogue().get(name)
+    decides = {"compress", "compression_ratio", "forward_hook", "__call__"}
+    return press is not None and not press.methods & decides and any(map(is_plain_scorer, press.bases))
+
+
 def _read_class(node: ast.ClassDef) -> Press:
-    press = Press(node.name, [base.id for base in node.bases if isinstance(base, ast.Name)])
+    methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    press = Press(node.name, [base.id for base in node.bases if isinstance(base, ast.Name)], methods=methods)
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             name = item.target.id
@@ -109,7 +120,7 @@ def _read_class(node: ast.ClassDef) -> Press:
             else:
                 press.arguments[name] = Argument(name, item.annotation, item.value is None)
         elif isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return Press(node.name, press.bases, _signature(item), own_init=True)
+            return Press(node.name, press.bases, _signature(item), own_init=True, methods=methods)
     return press
 
 

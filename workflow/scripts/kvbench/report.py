@@ -36,7 +36,7 @@ INKS = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: 
 
 VERSIONS = ("torch", "transformers", "kvpress")
 # Shown in places of their own, or too long to be read.
-ELSEWHERE = {"script", "variant", "protocol", "loading", "workload", "model_files", "model_revision"}
+ELSEWHERE = {"script", "variant", "protocol", "loading", "workload", "model_files", "model_revision", "model_config"}
 
 # Left to the CSV: the uncompressed size is in the compression factor, allocated bytes where they differ.
 TABLE_COLUMNS = [column for column in words.QUANTITIES if column != "kv_cache_full_bytes"]
@@ -111,6 +111,7 @@ def context(inputs: Inputs) -> dict[str, Any]:
         "counts": files.read_json(inputs.prompts_counts) if inputs.prompts_counts else None,
         "facts": _facts(rows, made_by),
         "workloads": [_workload(rows, index, name, repeats, inputs.plots) for index, name in enumerate(names)],
+        "roofline": _roofline(rows, inputs.plots),
         "texts": collected,
         "missing": findings.missing(rows, str(config.get("results", "results"))),
         "cells": len(rows),
@@ -190,6 +191,14 @@ def _workload(
     }
 
 
+def _roofline(rows: Sequence[Row], plots: Sequence[str]) -> Markup | None:
+    """The roofline figure, where a cell has a mark on it."""
+    figure = next((path for path in plots if Path(path).stem == "roofline"), None)
+    if figure is None or all(row.get("fastest_ttft_s") is None for row in rows):
+        return None
+    return Markup(svg.inline(figure, "roofline", INKS))
+
+
 def _table_row(row: Row, cells: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:
     base = baseline_of(row, cells)
     return {
@@ -210,12 +219,17 @@ def _worth_showing(column: str, cells: Sequence[Row]) -> bool:
 
 
 def _heading(column: str, cells: Sequence[Row]) -> dict[str, str]:
-    measured = words.QUANTITIES[column]
-    _, unit = words.scale(measured.kind, [row.get(column) for row in cells])
+    _, unit = _scale(column, cells)
     return {
-        "title": measured.name(device(cells)),
+        "title": words.QUANTITIES[column].name(device(cells)),
         "unit": unit,
     }
+
+
+def _scale(column: str, cells: Sequence[Row]) -> tuple[float, str]:
+    """Divisor and unit of a column; a limit has those of the time that it limits, so that the two can be compared."""
+    shown = column.removeprefix("fastest_")
+    return words.scale(words.QUANTITIES[column].kind, [row.get(shown) for row in cells])
 
 
 def _cell(row: Row, base: Row | None, column: str, cells: Sequence[Row]) -> dict[str, Any]:
@@ -225,7 +239,7 @@ def _cell(row: Row, base: Row | None, column: str, cells: Sequence[Row]) -> dict
     if value is None:
         return {"value": "–", "sort": "", "interval": "", "exact": "", "change": "", "judged": ""}
     shown = [other.get(column) for other in cells]
-    divisor, _ = words.scale(measured.kind, shown)
+    divisor, _ = _scale(column, cells)
     largest = max(number for number in shown if number is not None) / divisor
 
     def written(number: float) -> str:

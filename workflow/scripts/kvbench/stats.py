@@ -7,15 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvbench import files, tables
+from kvbench import files, limits, tables
 from kvbench.intervals import interval, noise
+from kvbench.roofline import Rates, read_rates
 
 MEASURED = (
     "ttft_s tpot_s decode_tokens_per_s prefill_tokens_per_s article_tokens_per_s kv_cache_bytes"
     " kv_cache_allocated_bytes kv_cache_full_bytes kv_compression_factor peak_prefill_bytes peak_generation_bytes"
     " mbu mfu energy_j_per_token"
 ).split()
-"""Columns that have an interval beside them; those that nothing measures yet are null."""
+"""Columns that have an interval beside them; what was not measured is null."""
 
 _NAMES = ["model", "method", "variant", "workload"]
 _SHAPE = ["batch_size", "prompt_tokens", "new_tokens"]
@@ -65,6 +66,7 @@ STATS = pa.schema(
     + [(name, pa.float64()) for name in _CONDITIONS + _ONCE]
     + [("load_state", pa.string())]
     + [("largest_batch", pa.int64()), ("longest_prompt_tokens", pa.int64())]
+    + [("dtype", pa.string()), *((name, pa.float64()) for name in limits.COLUMNS)]
 )
 
 MEASUREMENTS = pa.schema(
@@ -96,11 +98,12 @@ def merge(plan: dict[str, Any], folder: Path) -> tuple[list[Row], list[Row]]:
     Parameters
     ----------
     plan : ``cells``, each with model, method, variant, baseline, workload and its sizes; and ``protocol``.
-    folder : the results folder that holds ``prefill`` and ``generation``.
+    folder : the results folder that holds ``prefill``, ``generation`` and ``device/rates.json``.
     """
+    rates = read_rates(folder / "device" / "rates.json")
     measurements, stats = [], []
     for cell in plan["cells"]:
-        repeats, facts = _repeats(cell, plan["protocol"], folder)
+        repeats, facts = _repeats(cell, plan["protocol"], folder, rates)
         measurements += repeats
         stats.append(_summary(cell, repeats, facts) | _capacity(cell, plan["protocol"], folder))
     return measurements, stats
@@ -126,7 +129,7 @@ def _machine(plan: dict[str, Any], folder: Path) -> Row:
     return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}
 
 
-def _repeats(cell: Row, protocol: Row, folder: Path) -> tuple[list[Row], Row]:
+def _repeats(cell: Row, protocol: Row, folder: Path, rates: dict[str, Rates]) -> tuple[list[Row], Row]:
     """One row a repeat: generation joined with the prefill job's cache bytes, peak and (article) times; job's facts."""
     variant = Path(cell["model"], cell["method"])
     prefill = files.read_json(folder / "prefill" / variant / f"{cell['workload']}.json")
@@ -145,9 +148,16 @@ def _repeats(cell: Row, protocol: Row, folder: Path) -> tuple[list[Row], Row]:
     known |= {name: facts.get(name) for name in _ONCE}
     known["tokenization_s"] = facts.get("workload", {}).get("tokenization_s")
     cache = _cache(cell, prefill["repeats"][-1] if prefill["repeats"] else {})
-    cache["simulated"] = _simulated(cell, cache, generation[0].get("kv_cache_end_bytes"))
+    end = generation[0].get("kv_cache_end_bytes")
+    cache["simulated"] = _simulated(cell, cache, end)
+    measured = protocol["name"] == "standard" and bad is None
+    limit = limits.of_cell(cell, cache | {"kv_cache_end_bytes": end}, facts, rates) if measured else None
     return [
-        known | cache | _timed(row, prefill["repeats"], protocol["name"], cell) | {"repeat": row["repeat"]}
+        known
+        | cache
+        | _timed(row, prefill["repeats"], protocol["name"], cell)
+        | (limit.of_repeat(row["ttft_s"], row["tpot_s"]) if limit else {})
+        | {"repeat": row["repeat"]}
         for row in generation
     ], facts
 
@@ -190,9 +200,8 @@ def _summary(cell: Row, repeats: list[Row], facts: Row) -> Row:
     """A cell's medians and intervals, over the repeats in which the device held its speed (all, if it never did)."""
     first = repeats[0]
     steady = [r for r in repeats if not r.get("throttled")] or repeats
-    row = {
-        key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, "status", "status_reason", "simulated", "attention"]
-    }
+    about = ["status", "status_reason", "simulated", "attention", "dtype"]
+    row = {key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, *about, *limits.COLUMNS]}
     row["baseline"] = cell["baseline"] if cell["baseline"] != cell["variant"] else None
     row["repeats"] = len(steady) if first["status"] == "ok" else 0
     cold = first["protocol"] == "article"

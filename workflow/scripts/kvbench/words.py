@@ -24,7 +24,7 @@ UNITS: dict[str, list[tuple[float, str]]] = {
 class Quantity:
     """A measured column: its name for a reader, its unit's family and which direction is better.
 
-    ``counted`` marks what is counted on tensors rather than timed: it needs no interval to be compared.
+    ``counted`` marks what is counted rather than timed: it needs no interval to be compared.
     """
 
     column: str
@@ -44,12 +44,14 @@ QUANTITIES = {
     for quantity in (
         Quantity("decode_tokens_per_s", "Decode throughput", "rate", "higher"),
         Quantity("ttft_s", "TTFT", "seconds", "lower"),
+        Quantity("fastest_ttft_s", "Fastest possible TTFT", "seconds", counted=True),
         Quantity("kv_cache_bytes", "KV cache", "bytes", "lower", counted=True),
         Quantity("kv_cache_allocated_bytes", "Cache allocated", "bytes", "lower", counted=True),
         Quantity("kv_cache_full_bytes", "Cache uncompressed", "bytes", counted=True),
         Quantity("kv_compression_factor", "Compression", "factor", counted=True),
         Quantity("peak_generation_bytes", "Peak VRAM", "bytes", "lower", cpu_title="Peak memory (resident set)"),
         Quantity("tpot_s", "TPOT", "seconds", "lower"),
+        Quantity("fastest_tpot_s", "Fastest possible TPOT", "seconds", counted=True),
         Quantity("prefill_tokens_per_s", "Prefill throughput", "rate", "higher"),
         Quantity(
             "peak_prefill_bytes",

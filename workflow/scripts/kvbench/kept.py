@@ -1,0 +1,67 @@
+"""How many bytes a cache must take, where a method's count of tokens is known before it runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvbench import presses
+from kvbench.architecture import Architecture
+from kvbench.errors import Unsupported
+
+
+def kept_tokens(spec: Mapping[str, Any], tokens: int) -> int | None:
+    """Tokens that a method leaves in the cache of each KV head after a prompt; None where that is not known.
+
+    Known are no method at all, and presses that score tokens and keep the best of each head by one
+    ``compression_ratio``. Wrappers, and presses with a budget of their own for a layer or a head, are not.
+
+    Parameters
+    ----------
+    spec : as `methods.build` takes it.
+
+    Source: kvpress 0.5.5, ``presses/scorer_press.py`` and ``compute_n_kept`` in ``utils.py``, which truncates.
+    """
+    if not spec:
+        return tokens
+    if "press" not in spec or not presses.is_plain_scorer(spec["press"]):
+        return None
+    ratio = (spec.get("args") or {}).get("compression_ratio", 0.0)
+    return max(1, int(tokens * (1 - ratio)))
+
+
+def expected_cache_bytes(
+    config: Mapping[str, Any], spec: Mapping[str, Any], batch: int, tokens: int, itemsize: int
+) -> int | None:
+    """Live bytes of the cache that a method leaves, in closed form; None where its kept tokens are not known.
+
+    They are not where `kept_tokens` knows none, where a sliding window keeps fewer, or where the config lacks a size.
+
+    Parameters
+    ----------
+    config : as `architecture.Architecture.of` takes it.
+    spec : the method, as `methods.build` takes it.
+    batch, tokens : sequences, and tokens of each prompt.
+    """
+    kept = kept_tokens(spec, tokens)
+    try:
+        model = Architecture.of(config)
+    except Unsupported:
+        return None
+    if kept is None or (model.window is not None and tokens >= model.window):
+        return None
+    return model.kv_elements * batch * kept * itemsize
+
+
+def check_cache(
+    measured: int, config: Mapping[str, Any], spec: Mapping[str, Any], batch: int, tokens: int, itemsize: int
+) -> None:
+    """Hold the measured live bytes of a cache against `expected_cache_bytes`, where that gives a count.
+
+    Raises
+    ------
+    RuntimeError : the two differ, so one of them is wrong and no number of this cell can be trusted.
+    """
+    expected = expected_cache_bytes(config, spec, batch, tokens, itemsize)
+    if expected is not None and measured != expected:
+        raise RuntimeError(
+            f"the cache takes {measured} bytes where the method's kept tokens take {expected}: either count is wrong"
+        )

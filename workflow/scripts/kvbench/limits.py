@@ -1,0 +1,84 @@
+"""A cell beside its limits: what it must do by count, what its device can do, and how near to that it came."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvbench.architecture import ITEMSIZE, Architecture
+from kvbench.errors import Unsupported
+from kvbench.roofline import Rates, Work, fastest, mbu, mean_decode_step, mfu, prefill
+
+COLUMNS = (
+    "fastest_ttft_s fastest_tpot_s prefill_bytes prefill_flops decode_step_bytes decode_step_flops copy_bytes_per_s"
+    " matmul_flops_per_s"
+).split()
+"""Columns that say what a cell must do, what its device does, and the times that follow."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The work of a cell and the rates of its device.
+
+    Attributes
+    ----------
+    decode : the mean decode step; None where the cache did not grow by a token a step, so that it has no closed form.
+    dtype : name of the dtype of weights and cache.
+    """
+
+    prefill: Work
+    decode: Work | None
+    rates: Rates
+    dtype: str
+
+    def of_repeat(self, ttft_s: float | None, tpot_s: float | None) -> Row:
+        """`COLUMNS`, which are the same for every repeat, and what this repeat reached: its MFU and MBU."""
+        rates, dtype, decode = self.rates, self.dtype, self.decode
+        return {
+            "fastest_ttft_s": fastest(self.prefill, rates, dtype),
+            "fastest_tpot_s": decode and fastest(decode, rates, dtype),
+            "prefill_bytes": self.prefill.bytes,
+            "prefill_flops": self.prefill.flops,
+            "decode_step_bytes": decode and decode.bytes,
+            "decode_step_flops": decode and decode.flops,
+            "copy_bytes_per_s": rates.copy_bytes_per_s,
+            "matmul_flops_per_s": rates.matmul_flops_per_s[dtype],
+            "mfu": mfu(self.prefill, ttft_s, rates, dtype) if ttft_s else None,
+            "mbu": mbu(decode, tpot_s, rates) if decode and tpot_s else None,
+        }
+
+
+def of_cell(cell: Mapping[str, Any], cache: Row, facts: Row, rates: Mapping[str, Rates]) -> Limits | None:
+    """The limits of a cell; None where its job told no config, its weights have no closed form, or its device no rates.
+
+    Parameters
+    ----------
+    cell : ``batch_size``, ``prompt_tokens`` and ``new_tokens``.
+    cache : ``kv_cache_bytes`` (live), ``kv_cache_full_bytes`` and ``kv_cache_end_bytes`` (live, after the last token);
+        and ``simulated``, where the step reads the whole cache whatever lives in it.
+    facts : the job's ``model_config``, ``dtype``, ``weights_bytes`` and ``device``.
+    rates : by device.
+    """
+    dtype = str(facts.get("dtype", "")).removeprefix("torch.")
+    found = rates.get(facts.get("device", ""))
+    if "model_config" not in facts or found is None or dtype not in found.matmul_flops_per_s:
+        return None
+    itemsize, batch = ITEMSIZE[dtype], cell["batch_size"]
+    try:
+        model = Architecture.of(facts["model_config"])
+        if facts["weights_bytes"] != model.parameters * itemsize:
+            return None  # quantized, or not the architecture that its config names
+        prompt = prefill(model, batch, cell["prompt_tokens"], itemsize)
+        return Limits(prompt, _decode(model, cell, cache, itemsize), found, dtype)
+    except Unsupported:
+        return None
+
+
+def _decode(model: Architecture, cell: Mapping[str, Any], cache: Row, itemsize: int) -> Work | None:
+    live, end = cache.get("kv_cache_bytes"), cache.get("kv_cache_end_bytes")
+    token = cell["batch_size"] * model.kv_elements * itemsize
+    if live is None or end is None or end < live + (cell["new_tokens"] - 1) * token:
+        return None
+    read = max(live, cache["kv_cache_full_bytes"]) if cache["simulated"] else live
+    return mean_decode_step(model, cell["batch_size"], read / token, cell["new_tokens"], itemsize)
