@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvbench import files, findings, svg, tables, texts, words
+from kvbench import conditions, files, findings, svg, tables, texts, words
 from kvbench.manifest import load_manifest
 from kvbench.results import (
     CELL_COLUMNS,
@@ -37,6 +37,9 @@ INKS = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: 
 VERSIONS = ("torch", "transformers", "kvpress")
 # Shown in places of their own, or too long to be read.
 ELSEWHERE = {"script", "variant", "protocol", "loading", "workload", "model_files", "model_revision", "model_config"}
+
+# Measured only by a protocol or a setting that asks for them.
+ASKED_FOR = ("article", "largest", "longest")
 
 # Left to the CSV: the uncompressed size is in the compression factor, allocated bytes where they differ.
 TABLE_COLUMNS = [column for column in words.QUANTITIES if column != "kv_cache_full_bytes"]
@@ -178,6 +181,7 @@ def _workload(
         "words": words.workload_words(cells[0]),
         "figure": Markup(svg.inline(figure, f"figure-{index}", INKS)) if figure else None,
         "findings": findings.workload_findings(cells, name),
+        "conditions": conditions.of_workload(cells),
         "columns": [_heading(column, cells) for column in columns],
         "rows": [
             _table_row(row, cells, columns) | {"dots": dots[place], "colour": palette[row["method"]]}
@@ -186,7 +190,7 @@ def _workload(
         "unmeasured": [
             words.QUANTITIES[column].name(device(cells))
             for column in TABLE_COLUMNS
-            if all(row.get(column) is None for row in cells) and not column.startswith("article")
+            if all(row.get(column) is None for row in cells) and not column.startswith(ASKED_FOR)
         ],
     }
 

@@ -16,6 +16,7 @@ UNITS: dict[str, list[tuple[float, str]]] = {
     "rate": [(1, "tok/s")],
     "share": [(0.01, "%")],
     "factor": [(1, "×")],
+    "count": [(1, "")],
     "joules": [(1, "J/token"), (1e-3, "mJ/token")],
 }
 
@@ -63,6 +64,9 @@ QUANTITIES = {
         Quantity("mbu", "MBU", "share"),
         Quantity("mfu", "MFU", "share"),
         Quantity("energy_j_per_token", "Energy", "joules", "lower"),
+        Quantity("itl_p99_s", "ITL, 99th percentile", "seconds", "lower"),
+        Quantity("largest_batch", "Largest batch that fits", "count", "higher", counted=True),
+        Quantity("longest_prompt_tokens", "Longest prompt that fits", "count", "higher", counted=True),
         Quantity("article_tokens_per_s", "Throughput, article’s way", "rate", "higher"),
         Quantity("article_warm_tokens_per_s", "The same, warm", "rate", "higher"),
     )
@@ -118,7 +122,7 @@ def quantity(column: str, value: float | None, device: str = "") -> str:
         return "not measured"
     kind = QUANTITIES[column].kind
     divisor, unit = scale(kind, [value])
-    space = "" if unit in ("%", "×") else " "
+    space = "" if unit in ("%", "×", "") else " "
     return f"{number(value / divisor, digits(kind))}{space}{unit}"
 
 
