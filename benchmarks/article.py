@@ -23,22 +23,25 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from kvbench import book  # noqa: E402
 
-ROWS, PROMPT_TOKENS, NEW_TOKENS, TEXTS = 64, 1024, 100, 10
+TEXTS = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="Qwen/Qwen3-8B", help="an architecture that `random` knows")
+    parser.add_argument("--rows", type=int, default=64, help="batch size")
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--plain", type=Path, help="only run the plain script on what was prepared in this folder")
     options = parser.parse_args()
     if options.plain:
-        plain(options.plain)
+        plain(options.plain, options)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(options.shapes, folder)
-        script_s = timed([sys.executable, __file__, "--plain", str(folder)])
-        (folder / "config.yaml").write_text(json.dumps(config(folder)))
+        script_s = timed([sys.executable, *sys.argv, "--plain", str(folder)])
+        (folder / "config.yaml").write_text(json.dumps(config(folder, options)))
         pipeline = ["--cores", "all", "--resources", "gpu=1", "--configfile", str(folder / "config.yaml")]
         pipeline_s = timed([sys.executable, "-m", "snakemake", *pipeline])
         print(f"{'job':44} {'wall':>7} {'import':>7} {'load':>7} {'measure':>8} {'rest':>7}   seconds")
@@ -63,7 +66,8 @@ def prepare(shapes: str, folder: Path) -> None:
     bpe.train_from_iterator(chapters, trainers.BpeTrainer(vocab_size=8000, special_tokens=["<eos>"]))
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>").save_pretrained(folder / "model")
     manifest = sources.fetch_model("shapes", {"random": shapes, "seed": 0}, folder / "shapes" / "manifest.json")
-    load_model(manifest, "auto", "sdpa", torch.device("cuda:0")).model.save_pretrained(folder / "model")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    load_model(manifest, "auto", "sdpa", device).model.save_pretrained(folder / "model")
     texts = [text[: 500 + 97 * (i % 60)] for i, text in enumerate(chapters * 4)]
     chats = [
         {"id": f"{i}", "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "A whale of it."}]}
@@ -72,7 +76,7 @@ def prepare(shapes: str, folder: Path) -> None:
     (folder / "chats.json").write_text(json.dumps(chats))
 
 
-def config(folder: Path) -> dict[str, Any]:
+def config(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The article's config on the prepared files; no quality metrics, which it does not have."""
     return {
         "results": str(folder / "results"),
@@ -83,14 +87,20 @@ def config(folder: Path) -> dict[str, Any]:
         },
         "models": {"qwen3-8b": {"source": {"path": str(folder / "model")}}},
         "methods": {"baseline": "none", "knorm-0.8": {"press": "KnormPress", "args": {"compression_ratio": 0.8}}},
-        "workloads": {"article": {"batch_size": ROWS, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}},
+        "workloads": {
+            "article": {
+                "batch_size": options.rows,
+                "prompt_tokens": options.prompt_tokens,
+                "new_tokens": options.new_tokens,
+            }
+        },
         "protocol": {"name": "article", "repeats": 1},
-        "outputs": {"prompts": TEXTS, "new_tokens": NEW_TOKENS},
+        "outputs": {"prompts": TEXTS, "new_tokens": options.new_tokens, "max_prompt_tokens": options.prompt_tokens},
         "quality": {"windows": 0, "retrieval": {"samples": 0}},
     }
 
 
-def plain(folder: Path) -> None:
+def plain(folder: Path, options: argparse.Namespace) -> None:
     """The article's steps, one after the other: prefill, generation and texts of each method, a load for each."""
     import torch
     from kvpress import KnormPress
@@ -104,8 +114,10 @@ def plain(folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left" if step == "texts" else "right")
             tokenizer.pad_token = tokenizer.eos_token
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", device_map="auto")
-            chosen = prompts[:TEXTS] if step == "texts" else prompts[:ROWS]
-            inputs = tokenizer(chosen, return_tensors="pt", padding=True, truncation=True, max_length=PROMPT_TOKENS)
+            chosen = prompts[:TEXTS] if step == "texts" else prompts[: options.rows]
+            inputs = tokenizer(
+                chosen, return_tensors="pt", padding=True, truncation=True, max_length=options.prompt_tokens
+            )
             inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
             loaded = time.perf_counter()
             ending = tokenizer.eos_token_id if step == "texts" else None
@@ -118,8 +130,9 @@ def plain(folder: Path) -> None:
                     if step == "prefill":
                         model(inputs["input_ids"], past_key_values=DynamicCache(), use_cache=True)
                     else:
-                        model.generate(**inputs, max_new_tokens=NEW_TOKENS, generation_config=settings)
-            torch.cuda.synchronize()
+                        model.generate(**inputs, max_new_tokens=options.new_tokens, generation_config=settings)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             done = time.perf_counter()
             print(f"plain: {name} {step}: load {loaded - begun:.1f} s, run {done - loaded:.1f} s", flush=True)
             del model, inputs

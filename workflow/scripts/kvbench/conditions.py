@@ -1,4 +1,4 @@
-"""How far a workload's numbers can be trusted, in sentences: noise, stopping rule, clocks, heat, and the time around."""
+"""How far a workload's numbers can be trusted, in sentences: noise, stopping rule, clocks, heat, the time around."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -52,7 +52,8 @@ def _throttling(cells: Sequence[Row]) -> str:
     if hit:
         runs = words.listing([f"{row['throttled_repeats']} of {row['variant']}" for row in hit])
         return f"runs that heat or the hardware slowed were repeated and left out: {runs} ({words.listing(slowed)})."
-    return f"no run was slowed by heat or by the hardware{'; ' + words.listing(slowed) + ' was reached' if slowed else ''}."
+    reached = f"; {words.listing(slowed)} was reached" if slowed else ""
+    return f"no run was slowed by heat or by the hardware{reached}."
 
 
 def _memory(cells: Sequence[Row]) -> str:
