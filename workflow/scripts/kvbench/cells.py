@@ -54,13 +54,15 @@ def prefill(job: Job, workload: Path) -> None:
         _must_be_tried(job, facts, workload)
         facts["workload"] = tables.provenance_of(workload)
         ready, batch = jobs.ready(job, facts), _batch(workload, facts)
-        from kvbench import measure
+        from kvbench import engines, measure
 
         ready.method.check(ready.model, len(batch.input_ids))
         effort = _effort(job, batch)
         if job.protocol["name"] == "article":
             return measure.prefill_article(ready.model, batch, ready.method, effort)
-        return measure.prefill_standard(ready.model, batch, ready.method, effort, _watch(batch))
+        engine = engines.engine(job.protocol["engine"], batch.input_ids.device)
+        facts["engine"] = engine.name
+        return measure.prefill_standard(ready.model, batch, ready.method, effort, engine, _watch(batch))
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
         record = {

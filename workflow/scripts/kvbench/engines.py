@@ -20,6 +20,9 @@ class Engine(Protocol):
     keeps_buffers: bool
     """Whether a run leaves memory taken for the next one, so that only the first run's peak is a run's own."""
 
+    def prefill(self, model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.Tensor, Any]:
+        """The prompt's forward pass with compression, as `decode.prefill`."""
+
     def generate(
         self,
         model: Any,
@@ -45,6 +48,9 @@ class Hf:
     name = "hf"
     keeps_buffers = False
 
+    def prefill(self, model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.Tensor, Any]:
+        return decode.prefill(model, input_ids, method)
+
     def generate(
         self,
         model: Any,
@@ -66,8 +72,8 @@ class Packed:
     The buffers and the graph are made in the first run and used again by every run of the same shapes, as a server
     would: what a run pays is the copy of its kept tokens into the buffers, which counts to its first step.
 
-    The first projections of attention and MLP are `fused`. Inductor's own kernels take the rest of the step; it is not
-    asked to tune matrix products, because cuBLAS is faster on these shapes, and in a tenth of the time to compile.
+    Norms and the first projections of attention and MLP are `fused`. Compiled, Inductor's own kernels take the rest; it
+    is not asked to tune matrix products, because cuBLAS is faster on these shapes, in a tenth of the time to compile.
     """
 
     keeps_buffers = True
@@ -76,6 +82,16 @@ class Packed:
         self.name = "compile" if compiled else "graph"
         self.compiled = compiled
         self.state: _State | None = None
+        self.fused: tuple[Any, Fused] | None = None
+
+    def prefill(self, model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.Tensor, Any]:
+        with self._fused(model).norms_applied():
+            return decode.prefill(model, input_ids, method)
+
+    def _fused(self, model: Any) -> Fused:
+        if self.fused is None or self.fused[0] is not model:
+            self.fused = model, Fused(model)
+        return self.fused[1]
 
     @torch.no_grad()
     def generate(
@@ -90,15 +106,16 @@ class Packed:
         packed.check(model)
         if method.acts_while_decoding:
             raise Unsupported("a press that compresses while decoding changes the cache's shapes; use engine: hf")
+        fused = self._fused(model)
         mark()
-        token, cache = decode.prefill(model, input_ids, method)
+        token, cache = self.prefill(model, input_ids, method)
         mark()
         prefilled(cache)
         packed.check_cache(model, cache)
         position = method.next_position(input_ids.shape[1], cache)
         if self.state is None or self.state.tokens.shape[1] != new_tokens or not self.state.cache.fits(cache):
             self.state = None  # its memory goes first
-            self.state = _State(model, cache, new_tokens, self.compiled)
+            self.state = _State(model, fused, cache, new_tokens, self.compiled)
         else:
             self.state.cache.fill(cache)
         self.state.start(token, position)
@@ -117,9 +134,9 @@ class Packed:
 class _State:
     """Static inputs, outputs and cache of a decode step, and the step itself."""
 
-    def __init__(self, model: Any, cache: Any, new_tokens: int, compiled: bool) -> None:
+    def __init__(self, model: Any, fused: Fused, cache: Any, new_tokens: int, compiled: bool) -> None:
         rows, device = cache.layers[0].keys.shape[0], cache.layers[0].keys.device
-        self.model, self.fused = model, Fused(model)
+        self.model, self.fused = model, fused
         self.first_position = 0
         self.cache = packed.PackedCache(cache, new_tokens)
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -140,7 +157,7 @@ class _State:
 
     def decode(self, mark: Mark) -> None:
         """Decode all tokens after the first, calling ``mark`` after each."""
-        with _attention(self.model, packed.ATTENTION), self.fused.applied():
+        with _attention(self.model, packed.ATTENTION), self.fused.norms_applied(), self.fused.projections_applied():
             for _ in range(self.tokens.shape[1] - 1):
                 self._advance()
                 mark()

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from kvbench import device as devices
 from kvbench.cache import cache_bytes, full_cache_bytes
-from kvbench.decode import prefill
 from kvbench.engines import Engine
 from kvbench.intervals import noise
 from kvbench.methods import Dense
@@ -66,7 +65,7 @@ class Effort:
 Record = dict[str, Any]
 
 
-def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort, watch: Watch) -> Record:
+def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort, engine: Engine, watch: Watch) -> Record:
     """Prefill with compression, warm: its times, its peak memory, and the bytes of the cache it leaves."""
     memory = devices.memory_meter(batch.input_ids.device)
 
@@ -75,7 +74,7 @@ def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort, wa
         memory.reset()
         watch.begin()
         clock.mark()
-        _, cache = prefill(model, batch.input_ids, method)
+        _, cache = engine.prefill(model, batch.input_ids, method)
         clock.mark()
         return {
             "ttft_s": clock.times(watch.look)[1],
