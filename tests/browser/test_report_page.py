@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from kvbench import plots, report
+from kvbench import plots, report, roofline_plot
 from unit import report_fixture as fixture
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -30,6 +30,8 @@ def address(tmp_path_factory):
     figures = [folder / f"bars-{workload}.svg" for workload in fixture.WORKLOADS]
     for workload, figure in zip(fixture.WORKLOADS, figures, strict=True):
         plots.draw(paths["stats"], workload, "{}", figure, figure.with_suffix(".png"))
+    figures.append(folder / "roofline.svg")
+    roofline_plot.draw(paths["stats"], "{}", figures[-1], folder / "roofline.png")
     report.write(report.Inputs(**paths, plots=figures, provenance={"code": "abc"}), folder / "report.html")
     return (folder / "report.html").as_uri()
 

@@ -6,7 +6,7 @@ import report_fixture as fixture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbench import findings, plots, report, svg, texts
+from kvbench import findings, plots, report, roofline_plot, svg, texts
 from kvbench.errors import UserError
 
 
@@ -48,6 +48,9 @@ def rendered(tmp_path, cells=None, outputs=None, figures=True, **more):
     for name in names if figures else ():
         drawn.append(tmp_path / f"bars-{name}.svg")
         plots.draw(paths["stats"], name, "{}", drawn[-1], tmp_path / f"bars-{name}.png")
+    if figures:
+        drawn.append(tmp_path / "roofline.svg")
+        roofline_plot.draw(paths["stats"], "{}", drawn[-1], tmp_path / "roofline.png")
     provenance = {"script": "report", "code": "0123456789abcdef"}
     inputs = report.Inputs(**(paths | {"plots": drawn, "provenance": provenance} | more))
     report.write(inputs, tmp_path / "report.html")
@@ -108,6 +111,19 @@ def test_every_cell_is_in_the_table(page):
     assert "out of memory: prefill needs 93.2 GiB, the device has 79.2 GiB" in page.words
     assert "indistinguishable from the baseline: expected-attention-0.5" in page.words
     assert "53.7 to 55.9" in page.words and "Not measured here:" in page.words
+
+
+def test_limits_stand_beside_what_they_limit(page):
+    found = ["TTFT", "Fastest possible TTFT", "TPOT", "Fastest possible TPOT", "MBU", "MFU"]
+    row = page.words.split("Every repeat")[1].split("Repeats")[0]
+    assert [row.index(title) for title in found] == sorted(row.index(title) for title in found)
+    assert "TPOT ms Fastest possible TPOT ms" in " ".join(row.replace("ms", " ms ").split())
+    assert "How near the device’s limits" in page.words and "multiplies float32 at 500 GFLOP/s" in page.words
+
+
+def test_no_roofline_where_nothing_has_limits(tmp_path):
+    page = Page(rendered(tmp_path, fixture.stats(fixture.GPU, "article")))
+    assert "How near the device’s limits" not in page.words and "no roofline to draw" not in page.words
 
 
 def test_missing_cells_say_what_would_bring_them(page):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from kvbench import cells, intervals, stats, tables
+from kvbench import cells, intervals, limits, stats, tables
 
 CELL = {
     "model": "m", "method": "knorm", "variant": "knorm", "baseline": "baseline", "compresses": True, "workload": "w",
@@ -24,11 +24,15 @@ def plan(protocol: str = "standard", **cell: Any) -> dict[str, Any]:
     return {"cells": [CELL | cell], "protocol": {"name": protocol}}
 
 
-def write(folder: Path, generation: list[dict[str, Any]], prefill: dict[str, Any]) -> None:
+def write(
+    folder: Path, generation: list[dict[str, Any]], prefill: dict[str, Any], facts: dict[str, Any] | None = None
+) -> None:
     (folder / "prefill/m/knorm").mkdir(parents=True)
     (folder / "prefill/m/knorm/w.json").write_text(json.dumps(prefill))
     rows = [{"repeat": i, "status": "ok"} | row for i, row in enumerate(generation)]
-    tables.write(folder / "generation/m/knorm/w.parquet", pa.Table.from_pylist(rows, cells.GENERATION), FACTS)
+    tables.write(
+        folder / "generation/m/knorm/w.parquet", pa.Table.from_pylist(rows, cells.GENERATION), FACTS | (facts or {})
+    )
 
 
 def prefill(status: str = "ok", reason: str | None = None, **repeat: Any) -> dict[str, Any]:
@@ -107,6 +111,46 @@ def test_the_article_divides_all_tokens_by_a_difference_of_two_runs(tmp_path: Pa
     assert row["article_tokens_per_s"] == 2 * 5 / (6.0 - 2.0)  # its first, cold run
     assert row["article_warm_tokens_per_s"] == 7.5  # the median of 10/2 and 10/1
     assert row["ttft_s"] == 2.0 and row["decode_tokens_per_s"] is None
+
+
+QWEN2 = {
+    "model_type": "qwen2", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 10,
+}  # fmt: skip
+TOKEN = 2 * 2 * 4 * 4
+"""Bytes of the keys and values of one token of the two sequences."""
+
+
+def limited(folder: Path, protocol: str = "standard", device: str = "cpu: x (2 threads)") -> dict[str, Any]:
+    """Stats of a cell that keeps 5 of 10 tokens, on a device whose rates are known under a name."""
+    cache = {"kv_cache_bytes": 5 * TOKEN, "kv_cache_allocated_bytes": 5 * TOKEN, "kv_cache_full_bytes": 10 * TOKEN}
+    repeats = [{"ttft_s": t, "tpot_s": t, "total_s": 9.0, "kv_cache_end_bytes": 9 * TOKEN} for t in (2.0, 1.0, 4.0)]
+    known = {"model_config": QWEN2, "dtype": "torch.float32", "weights_bytes": 4 * PARAMETERS}
+    write(folder, repeats, prefill(**cache), known)
+    measured = {"copy": {"bytes_per_s": 1e3}, "matmul": {"float32": {"flops_per_s": 1e5}}}
+    (folder / "device").mkdir()
+    (folder / "device/rates.json").write_text(json.dumps({"rates": {device: measured}}))
+    return stats.merge(plan(protocol), folder)[1][0]
+
+
+PARAMETERS = 8 * (2 * 8 + 2 * 4 + 3 * 16) + (2 * 8 + 8 + 2 * 4) + 8 + 2 * 80
+
+
+def test_every_repeat_is_held_against_the_limits(tmp_path: Path) -> None:
+    row = limited(tmp_path)
+    cached = 5 + (5 - 2) / 2
+    step = 4 * (PARAMETERS - 80 + 2 * 8) + (cached + 1) * TOKEN
+    assert row["decode_step_bytes"] == step and row["fastest_tpot_s"] == step / 1e3
+    assert (row["mbu"], row["mbu_low"], row["mbu_high"]) == (step / 2e3, step / 4e3, step / 1e3)
+    assert row["mfu"] == row["prefill_flops"] / 2e5 and row["fastest_ttft_s"] == row["prefill_bytes"] / 1e3
+    assert (row["copy_bytes_per_s"], row["matmul_flops_per_s"], row["dtype"]) == (1e3, 1e5, "torch.float32")
+
+
+@pytest.mark.parametrize("other", [{"protocol": "article"}, {"device": "another"}], ids=["article", "device"])
+def test_limits_are_null_where_they_are_not_known(tmp_path: Path, other: dict[str, str]) -> None:
+    row = limited(tmp_path, **other)
+    assert row["status"] == "ok"
+    assert {row[name] for name in ["mbu", "mbu_low", "mfu", *limits.COLUMNS]} == {None}
 
 
 def test_the_contract_of_the_columns() -> None:

@@ -24,7 +24,7 @@ def test_the_articles_experiment(tmp_path: Path) -> None:
     assert done.status == 0, done.output
     assert done.jobs == {
         "fetch_model": 2, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 3, "generation": 3,
-        "outputs": 3, "plan": 1, "stats": 1, "bars": 1, "report": 1,
+        "outputs": 3, "device_rates": 1, "plan": 1, "stats": 1, "bars": 1, "roofline": 1, "report": 1,
     }  # fmt: skip
     commands = [
         line.partition("Shell command: ")[2] for line in done.output.splitlines() if "Shell command: kvbench" in line

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("reruns")
 
 EVERYTHING = {
     "fetch_model": 1, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 2, "generation": 2, "outputs": 2,
-    "plan": 1, "stats": 1, "bars": 1, "report": 1,
+    "device_rates": 1, "plan": 1, "stats": 1, "bars": 1, "roofline": 1, "report": 1,
 }  # fmt: skip
 KVBENCH = "workflow/scripts/kvbench"
 
@@ -65,9 +65,9 @@ def statement(text: str) -> str:
     return text + "\nADDED = 1\n"
 
 
-DRAWING = {"bars": 1, "report": 1}
+DRAWING = {"bars": 1, "roofline": 1, "report": 1}
 DEVICE = {"prefill": 2, "generation": 2, "outputs": 2}
-AFTER = {"stats": 1, "bars": 1, "report": 1}
+AFTER = {"stats": 1} | DRAWING
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,18 @@ AFTER = {"stats": 1, "bars": 1, "report": 1}
     [
         ("plots", DRAWING),
         ("report", {"report": 1}),
+        ("roofline_plot", {"roofline": 1, "report": 1}),
         ("stats", AFTER),
+        ("roofline", AFTER),
+        ("rates", {"device_rates": 1} | AFTER),
+        ("device", {"device_rates": 1} | DEVICE | AFTER),
+        ("architecture", DEVICE | AFTER),
         ("answers", {"outputs": 2, "report": 1}),
         ("measure", {"prefill": 2, "generation": 2} | AFTER),
         ("decode", DEVICE | AFTER),
         ("cache", DEVICE | AFTER),
         ("methods", DEVICE | AFTER),
-        ("prompts", EVERYTHING | {"fetch_model": 0, "fetch_dataset": 0, "plan": 0}),
+        ("prompts", EVERYTHING | {"fetch_model": 0, "fetch_dataset": 0, "device_rates": 0, "plan": 0}),
         ("workload", {"workload": 1, "prefill": 2, "generation": 2} | AFTER),
         ("config", {}),
         ("grid", {}),

@@ -16,7 +16,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kvbench import plots, words
 from kvbench.results import COLOURS, FAINT, INK, MUTED, PAPER, colours, is_baseline, read_rows, unique
@@ -71,6 +70,7 @@ class Page:
     figure: Figure
     axes: Axes
     taken: list[Box] = field(default_factory=list)
+    leaders: list[Box] = field(default_factory=list)
 
     def pixel(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the data lies."""
@@ -85,18 +85,21 @@ class Page:
         """Write at the first place that is free; a label that finds none is left out."""
         width = plots.text_width(self.figure, text, fontsize=SIZE) * self.figure.dpi + 4
         height = SIZE * 1.35 / 72 * self.figure.dpi
-        frame, taken = self.axes.bbox, np.array(self.taken)
+        frame, taken, covered = self.axes.bbox, np.array(self.taken), np.array(self.taken + self.leaders)
         for x, y, right, up in places:
             # a shift to the left or down ends the label there, one to the right or up begins it
             left = x + right - (width if right < 0 else width / 2 if right == 0 else 0)
             bottom = y + up - (height if up < 0 else height / 2 if up == 0 else 0)
             box = (left, bottom, left + width, bottom + height)
-            if left < frame.x0 or bottom < frame.y0 or box[2] > frame.x1 or box[3] > frame.y1 or _meet(box, taken):
+            if left < frame.x0 or bottom < frame.y0 or box[2] > frame.x1 or box[3] > frame.y1 or _meet(box, covered):
                 continue
             end = min(max(x, left), box[2]), min(max(y, bottom), box[3])
+            if abs(x - end[0]) < 6:
+                end = x, end[1]  # straight down, so that several can run beside each other
             leader = _along_line((x, y), end, 1, after=9) if math.dist((x, y), end) > 14 else []
             if not any(_meet(part, taken) for part in leader):
-                self.taken += [box, *leader]
+                self.taken.append(box)
+                self.leaders += leader
                 self._put(text, box, [(x, y), end] if leader else [], **style)
                 return
 
@@ -243,12 +246,16 @@ def _scales(axes: Axes, marks: Sequence[Mark], roofs: Sequence[Roof]) -> None:
     axes.tick_params(which="both", length=0, labelsize=8)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=12))
-        axis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value, "FLOP/s")))
+    axes.minorticks_off()
+    across, up = _decades(*axes.get_xlim()), _decades(*axes.get_ylim())
+    axes.set_xticks(across, [f"{value:,.10g}" for value in across])
+    axes.set_yticks(up, [si(value, "FLOP/s") for value in up])
     axes.set_xlabel("FLOP for each byte", fontsize=8, loc="left")
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten between two values."""
+    return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
 
 
 def _padded(values: Sequence[float], below: float, above: float) -> tuple[float, float]:
