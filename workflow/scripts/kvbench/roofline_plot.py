@@ -203,7 +203,7 @@ def _page(rows: Sequence[Row], marks: Sequence[Mark]) -> Page:
     width = (plots.WIDTH - LEFT - legend) / plots.WIDTH
     axes = figure.add_axes((LEFT / plots.WIDTH, bottom / height, width, HEIGHT / height))
     handles = [Line2D([], [], label=text, **marker) for text, marker in entries]
-    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "bbox_transform": axes.transAxes}
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "bbox_transform": axes.transAxes}
     figure.legend(handles=handles, frameon=False, fontsize=SIZE, labelspacing=0.5, handletextpad=0.3, **place)
     return Page(figure, axes)
 
