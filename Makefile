@@ -41,9 +41,12 @@ format: setup ## rewrite the code in its style
 bench: setup ## the pipeline's own speed
 	$(BIN)/python benchmarks/prompts_stage.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/engines.py --manifest results/models/smollm2-135m/manifest.json --engine hf graph \
+		--workload 1x512 4x256 --new-tokens 32
 
 bench-gpu: setup ## the decode engines on a GPU of 80 GB
 	$(BIN)/python benchmarks/engines.py --workload 64x1024 32x4096 8x16384
+	$(BIN)/python benchmarks/article.py
 
 figures: run ## the README's picture, from a run on this machine
 	mkdir -p docs && cp results/plots/bars-long.svg docs/

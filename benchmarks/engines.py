@@ -1,12 +1,13 @@
-"""Decode engines side by side on one GPU, in one process: Qwen3-8B's shapes with random weights.
+"""Decode engines side by side on one device, in one process: a checkpoint, or random weights of named shapes.
 
-Prints a Markdown row for each engine, workload and method: TTFT, TPOT with its spread, decode throughput, and the
-share of the device's copy bandwidth that reading the weights and the kept cache at that speed takes.
+Prints a Markdown row for each workload, engine and method: TTFT with its MFU, TPOT with its noise and MBU, decode
+throughput, and on a GPU joules a token. The order is random by a seed, so that a device that warms up favours none.
 """
 
 import argparse
 import gc
 import os
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -19,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
 import torch
 import transformers
 
-from kvbench import engines, measure, methods, sources
-from kvbench.cache import full_cache_bytes
+from kvbench import architecture, cells, energy, engines, limits, measure, methods, nvml, rates, roofline, sources
+from kvbench import device as devices
 from kvbench.errors import Unsupported
+from kvbench.intervals import noise
 from kvbench.loading import load_model
+from kvbench.manifest import load_manifest
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -33,70 +36,96 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="Qwen/Qwen3-8B", help="an architecture that `random` knows")
+    parser.add_argument("--manifest", type=Path, help="a model's manifest, instead of random weights")
     parser.add_argument("--engine", nargs="+", default=["hf", "graph", "compile"])
     parser.add_argument("--workload", nargs="+", default=["64x1024"], help="batch x prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6, help="at least; twice as many at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the order and of the token ids")
     options = parser.parse_args()
-    device = torch.device("cuda:0")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         source = {"random": options.shapes, "seed": 0}
-        manifest = sources.fetch_model("shapes", source, Path(folder) / "manifest.json")
-        loaded = load_model(manifest, "auto", "sdpa", device)
-    bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, weights {loaded.weights_bytes / 2**30:.2f} GiB\n")
-    print("| workload | engine | method | TTFT s | TPOT ms (least to most) | tokens/s | bytes a step, share of copy |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for name in options.workload:
-        rows, tokens = map(int, name.split("x"))
-        ids = torch.randint(10, loaded.model.config.vocab_size, (rows, tokens), device=device)
-        batch = measure.Batch(ids, None, options.new_tokens, 0)
-        for engine in options.engine:
-            for method, spec in METHODS.items():
-                print(
-                    f"| {name} | {engine} | {method} | {cells(loaded, batch, spec, engine, options, bandwidth)} |",
-                    flush=True,
-                )
-                gc.collect()
-                torch.cuda.empty_cache()
+        loaded_from = options.manifest or Path(folder) / "manifest.json"
+        if options.manifest is None:
+            sources.fetch_model("shapes", source, loaded_from)
+        loaded = load_model(load_manifest(loaded_from), "auto", "sdpa", device)
+    known = roofline.Rates.of(rates.measure(device))
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    about = devices.describe(device)
+    print(f"{about['device']}, driver {about['driver']}, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, {dtype}, weights {loaded.weights_bytes / 2**30:.2f} GiB")
+    print(
+        f"copy {known.copy_bytes_per_s / 1e12:.3f} TB/s, matmul {known.matmul_flops_per_s[dtype] / 1e12:.1f} TFLOP/s\n"
+    )
+    print("| workload | engine | method | TTFT s | MFU | TPOT ms | ± | tokens/s | MBU | fastest TPOT ms | J/token |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    order = [(w, e, m) for w in options.workload for e in options.engine for m in METHODS]
+    random.Random(options.seed).shuffle(order)
+    for workload, engine, method in order:
+        found = cell(loaded, workload, engine, METHODS[method], options, known)
+        print(f"| {workload} | {engine} | {method} | {found} |", flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def cells(loaded: Any, batch: measure.Batch, spec: Any, name: str, options: Any, bandwidth: float) -> str:
+def cell(loaded: Any, workload: str, name: str, spec: Any, options: Any, known: roofline.Rates) -> str:
     """The measured columns of a row, or why there are none."""
-    engine = engines.engine(name, batch.input_ids.device)
-    effort = measure.Effort(options.repeats, max_warmup_runs=2)
+    model, device = loaded.model, loaded.model.device
+    rows, tokens = map(int, workload.split("x"))
+    generator = torch.Generator(device).manual_seed(options.seed)
+    ids = torch.randint(10, model.config.vocab_size, (rows, tokens), device=device, generator=generator)
+    batch, method = measure.Batch(ids, None, options.new_tokens, 0), methods.build(spec)
+    engine, watch = engines.engine(name, device), nvml.Watch(nvml.connect(device))
+    share = cells.AUTO_SHARE[device.type]
+    effort = measure.Effort(options.repeats, 2 * options.repeats, share, max_warmup_runs=3)
     try:
-        runs = list(measure.generation_standard(loaded.model, batch, methods.build(spec), effort, engine))
+        runs = measure.generation_standard(model, batch, method, effort, engine, watch)["repeats"]
+        joules = energy.per_token(model, batch, method, engine, watch.gpu)
     except (torch.OutOfMemoryError, Unsupported) as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
-    tpot = sorted(run["tpot_s"] for run in runs)
-    embedding = loaded.model.get_input_embeddings().weight.nbytes  # a step reads a row of it for each sequence
-    # on average half of the new tokens have joined the cache
-    joined = full_cache_bytes(
-        loaded.model.config, len(batch.input_ids), batch.new_tokens // 2, loaded.model.dtype.itemsize
-    )
-    step_bytes = loaded.weights_bytes - embedding + runs[0]["kv_cache_end_bytes"] - joined
-    share = step_bytes / median(tpot) / bandwidth
-    return (
-        f"{median(run['ttft_s'] for run in runs):.3f} | {median(tpot) * 1e3:.2f} ({tpot[0] * 1e3:.2f} to"
-        f" {tpot[-1] * 1e3:.2f}) | {median(run['decode_tokens_per_s'] for run in runs):,.0f} | {share:.2f}"
+    work = cell_limits(loaded, batch, method, runs[0], known)
+    tpot, ttft = (median(run[key] for run in runs) for key in ("tpot_s", "ttft_s"))
+    reached = work.of_repeat(ttft, tpot)
+    spread = noise([run["tpot_s"] for run in runs])
+    return " | ".join(
+        [
+            f"{ttft:.3f}",
+            f"{reached['mfu']:.2f}",
+            f"{1e3 * tpot:.2f}",
+            "" if spread is None else f"{100 * spread:.2f}%",
+            f"{rows * 1 / tpot:,.0f}",
+            f"{reached['mbu']:.2f}",
+            f"{1e3 * reached['fastest_tpot_s']:.2f}",
+            "" if joules is None else f"{median(joules):.3f}",
+        ]
     )
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device-to-device copy of 4 GiB, the median of 10."""
-    source = torch.empty(2**32, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(13):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / median(times[3:])
+def cell_limits(loaded: Any, batch: measure.Batch, method: Any, run: Any, known: roofline.Rates) -> limits.Limits:
+    """What the cell must do by count, from the bytes that its cache really held."""
+    model = loaded.model
+    rows, tokens = batch.input_ids.shape
+    shape = architecture.Architecture.of(architecture.describe(model.config))
+    token_bytes = rows * shape.kv_elements * model.dtype.itemsize
+    end = run["kv_cache_end_bytes"]
+    cache = {
+        "kv_cache_bytes": end - (batch.new_tokens - 1) * token_bytes,
+        "kv_cache_full_bytes": tokens * token_bytes,
+        "kv_cache_end_bytes": end,
+        "simulated": False,
+    }
+    facts = {
+        "model_config": architecture.describe(model.config),
+        "dtype": str(model.dtype),
+        "weights_bytes": loaded.weights_bytes,
+        "device": "here",
+    }
+    sizes = {"batch_size": rows, "prompt_tokens": tokens, "new_tokens": batch.new_tokens}
+    found = limits.of_cell(sizes, cache, facts, {"here": known})
+    assert found is not None
+    return found
 
 
 if __name__ == "__main__":
