@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from kvbench.errors import UserError
 from kvbench.files import atomic
-from kvbench.scan import NUMBERS, SPANS, Absent, Part
+from kvbench.scan import NUMBERS, Absent, Part
 from kvbench.sharegpt import Number
 from kvbench.tables import KEY
 
@@ -54,12 +54,13 @@ def write_prompts(path: Path, parts: list[Part], seed: int, output: Path, metada
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what is freed
     ids = [identity for part in parts for identity in part.ids]
     drawn = np.concatenate([np.frombuffer(part.drawn, dtype=np.bool_) for part in parts])
-    kept = _joined([np.frombuffer(part.kept, dtype=np.int64) for part in parts], [len(part.roles) for part in parts])
-    order = kept[draw_order(ids, drawn, seed, path)]
-    order = order[order >= 0]
+    kept = np.concatenate([np.frombuffer(part.kept, dtype=np.bool_) for part in parts])
+    order = draw_order(ids, drawn, seed, path)
+    order = order[kept[order]]
     if len(order):
+        number_among_kept = np.cumsum(kept) - 1
         with atomic(output) as temporary:
-            _write(_tables(parts, ids, order), temporary, metadata)
+            _write(_tables(parts, ids, order, number_among_kept[order]), temporary, metadata)
     return len(order)
 
 
@@ -99,13 +100,10 @@ def draw_order(ids: list[Any], drawn: np.ndarray, seed: int, path: Path) -> np.n
         ) from error
 
 
-def _tables(parts: list[Part], ids: list[Any], order: np.ndarray) -> Iterator[pa.Table]:
-    """The kept conversations at the positions ``order`` as tables of `SCHEMA`, a row group each."""
-    numbers = np.concatenate([np.frombuffer(part.numbers, dtype=np.int64) for part in parts])
-    numbers = numbers.reshape(-1, len(NUMBERS) + len(SPANS))
+def _tables(parts: list[Part], ids: list[Any], places: np.ndarray, order: np.ndarray) -> Iterator[pa.Table]:
+    """Tables of `SCHEMA`, a row group each, of the conversations at ``order`` among those kept, ``places`` in ids."""
+    known = _known(parts)
     kept = [len(part.roles) for part in parts]
-    numbers[:, NUMBERS.index("source_index")] += np.repeat(_before([part.read for part in parts]), kept)
-    numbers[:, NUMBERS.index("row")] += np.repeat(_before([len(part.ids) for part in parts]), kept)
     files = np.repeat(np.arange(len(parts)), kept)
     roles = [role for part in parts for role in part.roles]
     with ExitStack() as stack:
@@ -113,13 +111,25 @@ def _tables(parts: list[Part], ids: list[Any], order: np.ndarray) -> Iterator[pa
         descriptors = np.array([spool.fileno() for spool in spools])[files]
         for first in range(0, len(order), ROWS_PER_GROUP):
             rows = order[first : first + ROWS_PER_GROUP]
-            known = dict(zip((*NUMBERS, *SPANS), numbers[rows].T, strict=True))
-            columns: dict[str, Any] = {name: _integers(column) for name, column in known.items()}
+            numbers = {name: column[rows] for name, column in known.items()}
+            columns: dict[str, Any] = {name: _integers(column) for name, column in numbers.items()}
             columns["rank"] = _integers(np.arange(first, first + len(rows)))
-            columns["conversation_id"] = _strings([_text_of_id(ids[row]) for row in known["row"].tolist()])
+            identities = (ids[place] for place in places[first : first + ROWS_PER_GROUP].tolist())
+            columns["conversation_id"] = _strings([_text_of_id(identity) for identity in identities])
             columns["first_role"] = _strings([roles[row] for row in rows.tolist()])
-            columns["prompt"], columns["completion"] = _texts(descriptors[rows], *(known[name] for name in SPANS))
+            spans = (numbers[name] for name in ("start", "prompt_bytes", "completion_bytes"))
+            columns["prompt"], columns["completion"] = _texts(descriptors[rows], *spans)
             yield pa.Table.from_arrays([columns[each.name].cast(each.type) for each in SCHEMA], schema=SCHEMA)
+
+
+def _known(parts: list[Part]) -> dict[str, np.ndarray]:
+    """`NUMBERS` of all conversations kept, and ``start``, the byte in its part's texts where each one's begin."""
+    arrays = [np.frombuffer(part.numbers, dtype=np.int64).reshape(-1, len(NUMBERS)).T for part in parts]
+    known = dict(zip(NUMBERS, np.concatenate(arrays, axis=1), strict=True))
+    known["source_index"] += np.repeat(_before([part.read for part in parts]), [len(part.roles) for part in parts])
+    sizes = [array[NUMBERS.index("prompt_bytes")] + array[NUMBERS.index("completion_bytes")] for array in arrays]
+    known["start"] = np.concatenate([np.cumsum(size) - size for size in sizes])
+    return known
 
 
 def _texts(
@@ -155,13 +165,6 @@ def _strings(texts: list[str | None]) -> pa.LargeStringArray:
 def _before(lengths: list[int]) -> np.ndarray:
     """How many come before each part."""
     return np.cumsum([0, *lengths[:-1]])
-
-
-def _joined(places: list[np.ndarray], lengths: list[int]) -> np.ndarray:
-    """Places in each of some lists, -1 for none, as places in the lists joined."""
-    return np.concatenate(
-        [np.where(some < 0, some, some + first) for some, first in zip(places, _before(lengths), strict=True)]
-    )
 
 
 def _write(tables: Iterator[pa.Table], path: Path, metadata: dict[str, Any]) -> None:

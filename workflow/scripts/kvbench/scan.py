@@ -32,8 +32,9 @@ PART_BYTES = 32 << 20
 MOST_PARTS = 8
 
 # What is known of a kept conversation, in the order of the numbers of a `Part`.
-NUMBERS = ("source_index", "row", "prompt_chars", "completion_chars", "turns", "conversation_chars")
-SPANS = ("start", "prompt_bytes", "completion_bytes")
+NUMBERS = (
+    "source_index", "prompt_chars", "completion_chars", "turns", "conversation_chars", "prompt_bytes", "completion_bytes",
+)  # fmt: skip
 
 
 class Absent(Enum):
@@ -56,9 +57,9 @@ class Rules:
 class Part:
     """What one process read.
 
-    ``ids``, ``drawn`` (1 if it takes part in the shuffle) and ``kept`` (its number among the conversations kept,
-    or -1) have a row for every record that is an object. ``numbers`` has `NUMBERS` and `SPANS` for each
-    conversation kept, ``roles`` who spoke first in it; its prompt and completion lie in the file ``texts``.
+    ``ids``, ``drawn`` (1 if it takes part in the shuffle) and ``kept`` (1 if it is kept too) have a row for every
+    record that is an object. ``numbers`` has `NUMBERS` for each conversation kept, ``roles`` who spoke first in it;
+    the file ``texts`` has its prompt and its completion, one conversation's after the other's.
     """
 
     texts: Path
@@ -70,7 +71,7 @@ class Part:
     readable: int = 0
     ids: list[Any] = field(default_factory=list)
     drawn: bytearray = field(default_factory=bytearray)
-    kept: "array[int]" = field(default_factory=lambda: array("q"))
+    kept: bytearray = field(default_factory=bytearray)
     numbers: "array[int]" = field(default_factory=lambda: array("q"))
     roles: list[str | None] = field(default_factory=list)
     malformed: Counter[str] = field(default_factory=Counter)
@@ -104,6 +105,8 @@ def scan(path: Path, rules: Rules, folder: Path) -> Iterator[Callable[[], list[P
     # Forked, so that a process starts in milliseconds and shares what is imported.
     forking = multiprocessing.get_context("fork")
     processes, results = [], []
+    # A signal that ends the job waits until all have started: halfway, a process would be left behind.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         for number, (start, stop) in enumerate(pairwise([*starts, None])):
             receiver, sender = forking.Pipe(duplex=False)
@@ -112,6 +115,7 @@ def scan(path: Path, rules: Rules, folder: Path) -> Iterator[Callable[[], list[P
             processes[-1].start()
             sender.close()
             results.append(receiver)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         yield lambda: _collect(path, rules, folder, starts, results)
     finally:
         for process in processes:
@@ -138,26 +142,26 @@ def scan_part(
     path: Path, rules: Rules, texts: Path, start: int | None = None, stop: int | None = None, first_index: int = 0
 ) -> Part:
     """Read the records from byte ``start`` on (None: the beginning) that begin before ``stop``; see `Records`."""
-    part, records, end = Part(texts), Records(path, start, stop, first_index), 0
+    part, records = Part(texts), Records(path, start, stop, first_index)
     with open(texts, "wb", buffering=1 << 18) as spool:
         for record in records:
             found, problem = read_texts(record)
-            identity = record.get("id", Absent.ID) if isinstance(record, dict) else None
             if problem:
-                part.note(problem, None if identity is Absent.ID else identity)
-            if isinstance(record, dict) and _classify(part, record, identity, found, rules):
+                part.note(problem, record.get("id") if isinstance(record, dict) else None)
+            if isinstance(record, dict) and _classify(part, record, found, rules):
                 prompt, completion = found[0].encode(), found[1].encode()
                 chars = sum(map(len, found))
-                numbers = part.read, len(part.ids) - 1, len(found[0]), len(found[1]), len(found), chars
-                part.numbers.extend((*numbers, end, len(prompt), len(completion)))
-                end += spool.write(prompt) + spool.write(completion)
+                numbers = part.read, len(found[0]), len(found[1]), len(found), chars, len(prompt), len(completion)
+                part.numbers.extend(numbers)
+                spool.write(prompt)
+                spool.write(completion)
             part.read += 1
     part.reached, part.truncated, part.bytes_left_out = records.reached, records.truncated, records.bytes_left_out
     return part
 
 
-def _classify(part: Part, record: dict[str, Any], identity: Any, texts: list[str], rules: Rules) -> bool:
-    """Add a row for the record; whether it is kept."""
+def _classify(part: Part, record: dict[str, Any], texts: list[str], rules: Rules) -> bool:
+    """Add a row for the record, whose readable texts are given; whether it is kept."""
     conversation = record.get("conversations")
     two_messages = isinstance(conversation, list) and len(conversation) >= 2
     readable = len(texts) >= 2
@@ -166,9 +170,9 @@ def _classify(part: Part, record: dict[str, Any], identity: Any, texts: list[str
     kept = drawn and readable and len(texts[0]) >= rules.min_chars and len(texts[1]) >= rules.min_chars
     part.two_messages += two_messages
     part.readable += readable
-    part.ids.append(identity)
+    part.ids.append(record.get("id", Absent.ID))
     part.drawn.append(drawn)
-    part.kept.append(len(part.roles) if kept else -1)
+    part.kept.append(kept)
     if kept:
         part.roles.append(read_role(record, 0))
     return kept
@@ -196,6 +200,7 @@ def _send_part(
 ) -> None:
     """Send a part; None if it cannot be read: it may begin inside a record, and does not know its first's number."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         sender.send(scan_part(path, rules, texts, start, stop))
     except UserError:

@@ -3,8 +3,10 @@
 import codecs
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,9 +14,14 @@ import orjson
 
 from kvbench.errors import UserError
 
-CHUNK_BYTES = 1 << 20
+# A chunk and what is made of it fit into a core's cache; a record of many chunks is read like an unfamiliar one.
+CHUNK_BYTES = 1 << 17
+MOST_BYTES = 1 << 20
 WINDOW_BYTES = 1 << 16
 SHAPE = 'A ShareGPT file is a JSON array of {"id": …, "conversations": [{"from": …, "value": …}, …]}'
+
+# What orjson makes of an id exactly; it rounds other numbers.
+_EXACT = {str, int, bool, type(None)}
 
 _GAP = re.compile(rb"[ \t\n\r]*")
 _NEXT_RECORD = re.compile(rb'[ \t\n\r]*,[ \t\n\r]*(\{[ \t\n\r]*"[^"\\]*")')
@@ -44,10 +51,10 @@ class Records:
     of 64 bits comes as `Number`.
 
     The standard library's decoder knows where a value ends. Where what follows the last record occurs again, the
-    bytes up to there go to orjson, which is faster: if they are one whole value, it is that value; if not, or if it
-    is none that orjson reads like the decoder, the decoder reads it. After the last record, ``truncated`` says
-    whether the file ends before its array does, ``bytes_left_out`` how many bytes of an unfinished record were
-    left, and ``reached`` where reading ended.
+    bytes up to there go to orjson, which is faster: if they are whole values with commas between, those are the
+    records. All records of a chunk are tried at once, then one by one, and the decoder reads what orjson does not
+    read like it. After the last record, ``truncated`` says whether the file ends before its array does,
+    ``bytes_left_out`` how many bytes of an unfinished record were left, and ``reached`` where reading ended.
 
     Parameters
     ----------
@@ -66,7 +73,7 @@ class Records:
         self.truncated = False
         self.bytes_left_out = 0
         self.between = b""  # from the last `}` of a record to the first key of the next, as last seen
-        self._start, self._stop, self._index = start, stop, index
+        self._start, self._stop, self._index = start, sys.maxsize if stop is None else stop, index
         # Not strict: control characters inside strings are read as they are.
         decoder = json.JSONDecoder(parse_int=Number, parse_float=Number, strict=False)
         self._scan = decoder.scan_once  # type: ignore[attr-defined]
@@ -74,6 +81,7 @@ class Records:
         self._position = 0  # in _data
         self._offset = start or 0  # of _data in the file
         self._ended = False
+        self._together = True  # no record in _data has yet kept orjson from reading all at once
 
     @property
     def reached(self) -> int:
@@ -82,7 +90,7 @@ class Records:
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            with open(self.path, "rb") as stream:
+            with open(self.path, "rb", buffering=0) as stream:
                 stream.seek(self._offset)
                 if self._start is None:
                     self._open_array(stream)
@@ -112,9 +120,9 @@ class Records:
 
     def _values(self, stream: BinaryIO) -> Iterator[Any]:
         while True:
-            yield from self._familiar()
+            yield from self._familiar(stream)
             self._peek(stream)  # past the gap: the decoder takes none
-            if self._stop is not None and self.reached >= self._stop:
+            if self.reached >= self._stop:
                 return
             found = self._value(stream)
             if found is None:
@@ -132,24 +140,31 @@ class Records:
                 raise self._broken("Expecting ',' or ']' between records", self._position)
             self._position += 1
 
-    def _familiar(self) -> Iterator[Any]:
-        """The records from the position on that end as the last one did, as far as the data go."""
-        data, between = self._data, self.between
+    def _familiar(self, stream: BinaryIO) -> Iterator[Any]:
+        """The records from the position on that end as the last one did, up to one that orjson cannot read."""
+        between = self.between
         if not between.startswith(b"}"):
             return
         inside = between.index(b"{")
-        last = len(data) if self._stop is None else self._stop - self._offset
-        self._position = _GAP.match(data, self._position).end()  # type: ignore[union-attr]
-        while self._position < last and (end := data.find(between, self._position) + 1):
-            try:
-                value = orjson.loads(data[self._position : end])
-            except orjson.JSONDecodeError:
+        self._position = _GAP.match(self._data, self._position).end()  # type: ignore[union-attr]
+        while True:
+            data, limit = self._data, self._stop - self._offset
+            find = data.rfind if self._together else data.find
+            end = find(between, self._position, limit - inside + len(between)) + 1
+            if end:
+                values = _load(data[self._position : end])
+                if values is not None:
+                    yield from values
+                    self._index += len(values)
+                    self._position = end - 1 + inside
+                elif self._together:
+                    self._together = False
+                else:
+                    return
+            elif self._together and not self._ended and len(data) < min(limit, self._position + MOST_BYTES):
+                self._read(stream, CHUNK_BYTES)
+            else:
                 return
-            if not isinstance(value, dict) or not isinstance(value.get("id"), str | int | None):
-                return
-            yield value
-            self._index += 1
-            self._position = end - 1 + inside
 
     def _value(self, stream: BinaryIO) -> tuple[Any] | None:
         """Read the value at the position; None when the file ends inside it."""
@@ -205,6 +220,7 @@ class Records:
         """Drop what was read and append the next chunk."""
         chunk = stream.read(max(CHUNK_BYTES, size))
         self._ended = not chunk
+        self._together = True
         self._offset += self._position
         self._data = self._data[self._position :] + chunk
         self._position = 0
@@ -223,6 +239,15 @@ class Records:
             f"{self.path} is broken JSON in record {self._index}, at byte {self._offset + position}: {message}",
             "Fetch the file again, or mend that record",
         )
+
+
+def _load(text: bytes) -> list[Any] | None:
+    """The objects in the text, which has commas between them; None if orjson does not read them like the decoder."""
+    try:
+        values = orjson.loads(b"[%b]" % text)
+        return values if {type(value.get("id")) for value in values} <= _EXACT else None
+    except (orjson.JSONDecodeError, AttributeError):
+        return None
 
 
 def find_record(path: Path, offset: int, between: bytes) -> int | None:
@@ -254,7 +279,7 @@ def read_texts(record: Any) -> tuple[list[str], Problem | None]:
         return [], Problem("conversations_not_a_list", f"it is {_kind(conversation)}")
     try:
         texts = [message["value"] for message in conversation]
-        if all(map(str.isascii, texts)) or _storable("".join(texts)):
+        if all(map(_storable, filterfalse(str.isascii, texts))):
             return texts, None
     except (KeyError, TypeError):
         pass
