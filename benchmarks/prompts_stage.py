@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 STAGE = Path(__file__).parents[1] / "workflow" / "scripts" / "prompts.py"
@@ -53,9 +53,10 @@ FOREIGN = "können größer naïve déjà señor привет мир котор�
 
 @dataclass(frozen=True)
 class Run:
-    """One process: wall time in s, peak resident set in MB (10^6 bytes), and a digest of its prompts."""
+    """One process and its children: wall and CPU time in s, peak memory in MB (10^6 bytes), a digest of its prompts."""
 
     seconds: float
+    cpu_seconds: float
     megabytes: float
     prompts: str
 
@@ -109,7 +110,7 @@ def run_stage(path: Path, folder: Path) -> Run:
     }  # fmt: skip
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     run = _run([sys.executable, str(STAGE), *arguments], None)
-    return Run(run.seconds, run.megabytes, _elsewhere("digest_of", str(output)))
+    return replace(run, prompts=_elsewhere("digest_of", str(output)))
 
 
 def digest_of(output: str) -> str:
@@ -142,7 +143,7 @@ def _run(command: list[str], ready: str | None) -> Run:
     if process.returncode:
         sys.exit(f"exit status {process.returncode} of {command[:2]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, max(usage.ru_maxrss * unit, peak.bytes) / 1e6, output.strip())
+    return Run(seconds, usage.ru_utime + usage.ru_stime, max(usage.ru_maxrss * unit, peak.bytes) / 1e6, output.strip())
 
 
 class Peak(threading.Thread):
@@ -210,10 +211,10 @@ def main() -> None:
     time_share, memory_share = stage.seconds / article.seconds, stage.megabytes / article.megabytes
     same = len({run.prompts for pair in runs for run in pair}) == 1
     print(f"prompts stage on {size:.0f} MB, {stage.prompts}")
-    print(f"{'':16}{'seconds':>10}{'peak MB':>10}")
+    print(f"{'':16}{'seconds':>10}{'peak MB':>10}{'CPU s':>10}")
     for label, run in (("article, pandas", article), ("kvbench", stage)):
-        print(f"{label:16}{run.seconds:>10.2f}{run.megabytes:>10.0f}")
-    print(f"{'share':16}{time_share:>10.3f}{memory_share:>10.3f}")
+        print(f"{label:16}{run.seconds:>10.2f}{run.megabytes:>10.0f}{run.cpu_seconds:>10.2f}")
+    print(f"{'share':16}{time_share:>10.3f}{memory_share:>10.3f}{stage.cpu_seconds / article.cpu_seconds:>10.3f}")
     print(f"{'at most':16}{TIME_BAR:>10.3f}{MEMORY_BAR:>10.3f}")
     print(f"{'':16}{_verdict(time_share, TIME_BAR):>10}{_verdict(memory_share, MEMORY_BAR):>10}")
     print(f"lists equal: {'yes' if same else 'no'} ({os.cpu_count()} cores)")

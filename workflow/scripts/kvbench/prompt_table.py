@@ -20,7 +20,7 @@ from kvbench.scan import NUMBERS, Absent, Part
 from kvbench.sharegpt import Number
 from kvbench.tables import KEY
 
-ROWS_PER_GROUP = 1024
+ROWS_PER_GROUP = 2048
 
 SCHEMA = pa.schema(
     [

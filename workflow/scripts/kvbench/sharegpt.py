@@ -289,9 +289,9 @@ def read_texts(record: Any) -> tuple[list[str], Problem | None]:
 
 
 def read_role(record: dict[str, Any], number: int) -> str | None:
-    """Who speaks in a readable message of a record; None where the file has no text for it."""
+    """Who speaks in a readable message, equal names as one object; None where the file has no text for it."""
     role = record["conversations"][number].get("from")
-    return role if isinstance(role, str) and (role.isascii() or _storable(role)) else None
+    return sys.intern(role) if isinstance(role, str) and (role.isascii() or _storable(role)) else None
 
 
 def _storable(text: str) -> bool:
