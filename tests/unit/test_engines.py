@@ -146,3 +146,14 @@ def test_the_model_gets_its_own_attention_back() -> None:
 @pytest.mark.parametrize(("name", "device", "engine"), [("auto", "cuda", "graph"), ("auto", "cpu", "hf")])
 def test_auto(name: str, device: str, engine: str) -> None:
     assert engines.engine(name, torch.device(device)).name == engine
+
+
+def test_the_compiled_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiler(step, backend="eager", **options))
+    counters.clear()
+    model, ids = tiny.model("Qwen3"), tiny.ids(2, 40)
+    assert decode("compile", model, ids, "KnormPress", 6) == decode("hf", model, ids, "KnormPress", 6)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]

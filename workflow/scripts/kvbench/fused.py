@@ -46,10 +46,9 @@ class _First(nn.Module):
         self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *self.group.parts = functional.linear(x, self.group.weight, self.group.bias).split(
-            self.group.sizes, dim=-1
-        )
-        return first
+        parts = functional.linear(x, self.group.weight, self.group.bias).split(self.group.sizes, dim=-1)
+        self.group.parts = list(parts[1:])
+        return parts[0]
 
 
 class _Next(_First):
