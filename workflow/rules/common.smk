@@ -82,6 +82,12 @@ def model_manifest(wildcards):
     return f"{RESULTS}/models/{wildcards.model}/manifest.json"
 
 
+def original_manifest(wildcards):
+    """Manifest of the model that a job's model is a retrofit of, if it is one."""
+    base = CONFIG.models[wildcards.model].base
+    return f"{RESULTS}/models/{base}/manifest.json" if base else []
+
+
 def workload_sources(wildcards):
     """A model that has no tokenizer needs no prompts."""
     needed = {"manifest": model_manifest(wildcards)}
@@ -117,6 +123,11 @@ def smaller_first(wildcards):
 def output_files(wildcards):
     """The outputs of every variant, if the config wants any."""
     return [f"{RESULTS}/outputs/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.outputs.prompts]
+
+
+def quality_files(wildcards):
+    """What compression does to the distribution of the next token, for every variant, if the config wants windows."""
+    return [f"{RESULTS}/quality/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.quality.windows]
 
 
 def has_tokenizer(model):

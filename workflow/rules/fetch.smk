@@ -3,11 +3,7 @@
 
 rule fetch_model:
     input:
-        base=lambda wildcards: (
-            f"{RESULTS}/models/{CONFIG.models[wildcards.model].base}/manifest.json"
-            if CONFIG.models[wildcards.model].base
-            else []
-        ),
+        base=original_manifest,
         local=lambda wildcards: local_files(CONFIG.models[wildcards.model].source),
     output:
         manifest=f"{RESULTS}/models/{{model}}/manifest.json",

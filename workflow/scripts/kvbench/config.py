@@ -89,6 +89,12 @@ class Config(Strict):
                     f"workloads.{name}: {workload.prompt_tokens} prompt + {workload.new_tokens} new tokens are more"
                     f" than the {context} of {where}; shorten the workload"
                 )
+        tokens = self.quality.prefix_tokens + self.quality.continuation_tokens
+        if context is not None and self.quality.windows and tokens > context:
+            found.append(
+                f"quality: {self.quality.prefix_tokens} prefix_tokens + {self.quality.continuation_tokens}"
+                f" continuation_tokens are more than the {context} of {where}; shorten them, or set quality.windows: 0"
+            )
         return found
 
     def _variant_problems(self) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kvbench import masks
 from kvbench.methods import Dense
 
 
@@ -44,9 +45,45 @@ def prefill(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.T
     The first new token of each row, int64 [batch, 1], and the compressed cache.
     """
     cache = DynamicCache(config=model.config)
+    return _fill(model, input_ids, method, cache), cache
+
+
+def _fill(model: Any, input_ids: torch.Tensor, method: Dense, cache: DynamicCache) -> torch.Tensor:
     with method.prefill(model):
         logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1:].argmax(-1), cache
+    return logits[:, -1:].argmax(-1)
+
+
+class _Recording(DynamicCache):
+    """A cache that keeps a copy of every layer as it was before a press pruned it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.full = DynamicCache(config=config)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, cache_kwargs: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.full.update(key_states, value_states, layer_idx, cache_kwargs)
+        return super().update(key_states, value_states, layer_idx, cache_kwargs)
+
+
+@torch.no_grad()
+def prefill_both(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[Any, Any]:
+    """The full and the compressed cache of the same prompts, from one forward pass where that is exact.
+
+    Parameters
+    ----------
+    input_ids : int64 [batch, prompt tokens], all rows of equal length.
+    """
+    if not method.shares_prefill:
+        _, full = prefill(model, input_ids, Dense())
+        return full, prefill(model, input_ids, method)[1]
+    recording = _Recording(model.config)
+    _fill(model, input_ids, method, recording)
+    compressed = DynamicCache(config=model.config)
+    compressed.layers = recording.layers
+    return recording.full, compressed
 
 
 Mark = Callable[[], None]
@@ -96,3 +133,37 @@ def generate(
             if len(stop):
                 ended |= torch.isin(token, endings)
     return Decoded(tokens[:, :length], cache)
+
+
+@torch.no_grad()
+def continue_from(model: Any, cache: Any, ids: torch.Tensor, method: Dense, position: int) -> torch.Tensor:
+    """Read given tokens after a compressed cache: what the model predicts at each, teacher-forced.
+
+    One forward pass, or step by step where the method acts while decoding.
+
+    Parameters
+    ----------
+    cache : as `prefill` left it; the tokens are added to it.
+    ids : int64 [batch, tokens].
+    position : of the first of them; ``method.next_position(prompt tokens, cache)``.
+
+    Returns
+    -------
+    Logits [batch, tokens, vocabulary]; those at token i predict token i + 1.
+    """
+    positions = position + torch.arange(ids.shape[1], device=ids.device)[None]
+    if not method.acts_while_decoding and _one_pass(model, cache):
+        with masks.each_its_own(model, cache, ids.shape[1]):
+            return model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+    with method.decoding(model):
+        steps = [
+            model(token, position_ids=place, past_key_values=cache, use_cache=True).logits
+            for token, place in zip(ids.split(1, 1), positions.split(1, 1), strict=True)
+        ]
+    return torch.cat(steps, 1)
+
+
+def _one_pass(model: Any, cache: Any) -> bool:
+    # a sliding layer counts its tokens in its own way, and flash attention takes no mask of hidden keys
+    sliding = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    return not sliding and not ("flash" in model.config._attn_implementation and masks.hides(model))

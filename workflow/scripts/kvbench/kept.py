@@ -1,11 +1,29 @@
-"""How many bytes a cache must take, where a method's count of tokens is known before it runs."""
+"""What a method leaves of a cache: how many bytes it must be by count, and what of it a model can read."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from kvbench import presses
+import torch
+
+from kvbench import masks, presses
 from kvbench.architecture import Architecture
+from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a cache.
+
+    Attributes
+    ----------
+    fraction : bytes of the keys and values that can be read, of those of the uncompressed cache.
+    simulated : whether the rest is only hidden or zeroed, and not a byte of it freed.
+    """
+
+    fraction: float
+    simulated: bool
 
 
 def kept_tokens(spec: Mapping[str, Any], tokens: int) -> int | None:
@@ -65,3 +83,29 @@ def check_cache(
         raise RuntimeError(
             f"the cache takes {measured} bytes where the method's kept tokens take {expected}: either count is wrong"
         )
+
+
+def kept(model: Any, cache: Any, rows: int, tokens: int) -> Kept:
+    """Measure a cache after its compression.
+
+    Parameters
+    ----------
+    rows, tokens : sequences in the cache, and tokens read so far in each.
+    """
+    full = full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
+    live = cache_bytes(cache).live
+    unread = sum(
+        _unread_bytes(layer, kept)
+        for layer, kept in zip(masks.attention_layers(model), cache.layers, strict=False)
+        if torch.is_tensor(getattr(kept, "keys", None))
+    )
+    return Kept((live - unread) / full, bool(unread) and live >= full)
+
+
+def _unread_bytes(layer: Any, kept: Any) -> int:
+    """Bytes of hidden tokens, and of key channels that are zero for every token of a row and head."""
+    head_dim = kept.keys.shape[3]
+    seen = masks.readable(layer, kept.keys)
+    hidden = int((~seen).sum()) * 2 * head_dim
+    zeroed = int(((kept.keys == 0).all(2).sum(-1) * seen.sum(-1)).sum())
+    return (hidden + zeroed) * int(kept.keys.element_size())

@@ -22,6 +22,8 @@ class Dense:
 
     compresses = False
     acts_while_decoding = False
+    shares_prefill = False
+    """Whether its prefill is the dense one, with each layer's cache pruned or masked after that layer's own pass."""
 
     def check(self, model: Any, batch_size: int) -> None:
         """Raise `Unsupported` where this method cannot be run as asked."""
@@ -54,6 +56,7 @@ class Press(Dense):
     def __init__(self, spec: dict[str, Any]) -> None:
         self.press = build_press(spec)
         self.acts_while_decoding = _acts_while_decoding(self.press)
+        self.shares_prefill = _shares_prefill(self.press)
 
     def check(self, model: Any, batch_size: int) -> None:
         if batch_size > 1:
@@ -131,6 +134,13 @@ def _acts_while_decoding(press: Any) -> bool:
     from kvpress import DecodingPress, DMSPress, PrefillDecodingPress
 
     return isinstance(press, DecodingPress | PrefillDecodingPress) or (isinstance(press, DMSPress) and press.decoding)
+
+
+def _shares_prefill(press: Any) -> bool:
+    """Presses with a context of their own change the forward pass, or run more of them."""
+    from kvpress.presses.base_press import BasePress
+
+    return all(type(each).__call__ is BasePress.__call__ for each in _nested(press))
 
 
 def _built(value: Any) -> Any:

@@ -278,7 +278,7 @@ class Quality(Strict):
     """Tokens of a prefix."""
     continuation_tokens: int = Field(128, ge=2)
     """Tokens of a continuation, teacher-forced."""
-    corpora: list[Literal["own", "conversations", "book"]] = ["own", "conversations", "book"]
+    corpora: list[Literal["own", "conversations", "book"]] = Field(["own", "conversations", "book"], min_length=1)
     """Continuations: the baseline's `own` greedy text after a prompt, the dataset's `conversations`, a `book`."""
     retrieval: Retrieval = Retrieval()
 

@@ -12,7 +12,7 @@ A model without a tokenizer gets seeded random ids.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -156,30 +156,52 @@ def _first_prompts(tokenizer: Any, prompts: Path, request: Request) -> list[Row]
 
 
 def _long_prompts(tokenizer: Any, prompts: Path, dataset_manifest: Path | None, request: Request) -> list[Row]:
-    """First messages of at least ``prompt_tokens`` tokens, then whole conversations."""
-    messages = ((prompt, [("user", prompt["prompt"])]) for prompt in _prompts(prompts))
-    rows = list(islice(_long(tokenizer, messages, request.prompt_tokens, "first_message"), request.batch_size))
-    first_messages = len(rows)
-    if first_messages < request.batch_size and dataset_manifest is not None:
-        dataset = load_manifest(dataset_manifest)
-        check_manifest_files(dataset)
-        taken = {row.source_index for row in rows}
-        shortest = request.prompt_tokens / UTF8_BYTES_PER_CHARACTER
-        left = [
-            prompt
-            for prompt in _prompts(prompts, text=False)
-            if prompt["source_index"] not in taken and prompt["turns"] > 1 and prompt["conversation_chars"] >= shortest
-        ]
-        conversations = _conversations(dataset.file, left)
-        more = _long(tokenizer, conversations, request.prompt_tokens, "conversation")
-        rows += islice(more, request.batch_size - first_messages)
+    rows = equal_prompts(tokenizer, prompts, dataset_manifest, request.prompt_tokens, request.batch_size)
     if len(rows) < request.batch_size:
+        first_messages = sum(row.text_from == "first_message" for row in rows)
         raise UserError(
             f"Of {prompts}, {first_messages} first messages and {len(rows) - first_messages} more whole conversations "
             f"have {request.prompt_tokens} tokens or more, {request.batch_size} are needed",
             "Lower prompt_tokens or batch_size of the workload, or use a larger dataset",
         )
     return rows
+
+
+def equal_prompts(tokenizer: Any, prompts: Path, dataset_manifest: Path | None, tokens: int, count: int) -> list[Row]:
+    """Up to ``count`` rows of exactly ``tokens`` tokens: first messages of as many or more, then whole conversations.
+
+    Parameters
+    ----------
+    prompts : prompts.parquet.
+    dataset_manifest : manifest of its dataset; without one there are no whole conversations.
+    """
+    messages = ((prompt, [("user", prompt["prompt"])]) for prompt in _prompts(prompts))
+    rows = list(islice(_long(tokenizer, messages, tokens, "first_message"), count))
+    if len(rows) < count and dataset_manifest is not None:
+        taken = {row.source_index for row in rows}
+        more = whole_conversations(tokenizer, prompts, dataset_manifest, tokens, taken)
+        rows += islice(more, count - len(rows))
+    return rows
+
+
+def whole_conversations(
+    tokenizer: Any, prompts: Path, dataset_manifest: Path, tokens: int, taken: Container[int | None]
+) -> Iterator[Row]:
+    """Beginnings of exactly ``tokens`` tokens of the conversations that have as many, in rank order.
+
+    Parameters
+    ----------
+    taken : the ``source_index`` of conversations to leave out.
+    """
+    dataset = load_manifest(dataset_manifest)
+    check_manifest_files(dataset)
+    shortest = tokens / UTF8_BYTES_PER_CHARACTER
+    left = [
+        prompt
+        for prompt in _prompts(prompts, text=False)
+        if prompt["source_index"] not in taken and prompt["turns"] > 1 and prompt["conversation_chars"] >= shortest
+    ]
+    return _long(tokenizer, _conversations(dataset.file, left), tokens, "conversation")
 
 
 def _long(
