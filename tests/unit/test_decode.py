@@ -110,6 +110,11 @@ def test_a_rerotating_press_goes_on_from_the_compressed_length() -> None:
             "first row's chunks",
         ),
         ({"press": "SimLayerKVPress", "args": {}}, 2, "average over the batch"),
+        (
+            {"press": "CriticalAdaKVPress", "args": {"press": {"press": "SnapKVPress", "args": HALF}}},
+            2,
+            "adds up the rows' budgets",
+        ),
         ({"press": "KVzipPress", "args": HALF}, 2, "one sequence"),
         ({"press": "ObservedAttentionPress", "args": HALF}, 1, "attention: eager"),
     ],

@@ -1,5 +1,6 @@
 """How the cache is compressed: one small class a kind of method."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,7 +15,17 @@ _ONE_ROW_ONLY = {
     "KVzipPress": "handles one sequence at a time",
     "KVComposePress": "handles one sequence at a time",
     "FastKVzipPress": "handles one sequence at a time",
+    "CriticalAdaKVPress": "adds up the rows' budgets of a head",
 }
+# Presses that are sound on a batch, where a row gets another cache than it would alone.
+_ROWS_TOGETHER = {
+    "RandomPress": "draws for the whole batch at once",
+    "LeverageScorePress": "draws for the whole batch at once, and normalises its scores over it",
+    "NonCausalAttnPress": "normalises its scores over the batch",
+    "CAMPress": "draws for the whole batch at once",
+    "CriticalKVPress": "weighs scores that hold a maximum over the batch",
+}
+_DRAWS = {"RandomPress", "LeverageScorePress", "CAMPress"}
 
 
 class Dense:
@@ -24,6 +35,8 @@ class Dense:
     acts_while_decoding = False
     shares_prefill = False
     """Whether its prefill is the dense one, with each layer's cache pruned or masked after that layer's own pass."""
+    rows_are_independent = True
+    """Whether a row of a batch of equal lengths gets the tokens that it would get alone."""
 
     def check(self, model: Any, batch_size: int) -> None:
         """Raise `Unsupported` where this method cannot be run as asked."""
@@ -55,8 +68,13 @@ class Press(Dense):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         self.press = build_press(spec)
+        self.kept_tokens: int | None = spec.get("kept_tokens")
         self.acts_while_decoding = _acts_while_decoding(self.press)
         self.shares_prefill = _shares_prefill(self.press)
+        kinds = {kind.__name__ for press in _nested(self.press) for kind in type(press).__mro__}
+        random_projection = any(getattr(press, "use_random_leverage", False) for press in _nested(self.press))
+        self.draws = random_projection or not kinds.isdisjoint(_DRAWS)
+        self.rows_are_independent = not self.draws and kinds.isdisjoint(_ONE_ROW_ONLY.keys() | _ROWS_TOGETHER.keys())
 
     def check(self, model: Any, batch_size: int) -> None:
         if batch_size > 1:
@@ -93,13 +111,30 @@ class Press(Dense):
 
     @contextmanager
     def _applied(self, model: Any) -> Iterator[None]:
+        hook = None
+        if self.draws or self.kept_tokens is not None:
+            hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         try:
-            with self.press(model):
+            with _own_random_numbers(model) if self.draws else nullcontext(), self.press(model):
                 yield
         except AssertionError as error:
             raise Unsupported(
                 f"{type(self.press).__name__} refuses this input: {error or 'assertion failed'}"
             ) from error
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _before_forward(self, _model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What a press must know of its prompt: the ratio that keeps a budget, and where its draws begin."""
+        import torch
+
+        input_ids = args[0] if args else kwargs["input_ids"]
+        if self.draws:  # from the prompt itself, so that it draws the same wherever it stands in a run
+            torch.manual_seed(zlib.crc32(input_ids.cpu().numpy().tobytes()))
+        tokens = input_ids.shape[1]
+        if self.kept_tokens is not None and tokens > 1:
+            self.press.compression_ratio = ratio_that_keeps(self.kept_tokens, tokens)
 
 
 def build(spec: dict[str, Any]) -> Dense:
@@ -128,6 +163,20 @@ def build_press(spec: dict[str, Any]) -> Any:
         return getattr(kvpress, spec["press"])(**args)
     except (AssertionError, TypeError, ValueError) as error:
         raise Unsupported(f"{spec['press']} refuses its arguments: {error or 'assertion failed'}") from error
+
+
+def ratio_that_keeps(kept_tokens: int, tokens: int) -> float:
+    """Compression ratio at which a press keeps ``kept_tokens`` of ``tokens``; 0 where there are no more than that."""
+    # presses keep int(n * (1 - ratio)) of n tokens, a few round it: a thousandth more outlasts the rounding in both
+    return 0.0 if tokens <= kept_tokens else 1 - (kept_tokens + 1e-3) / tokens
+
+
+@contextmanager
+def _own_random_numbers(model: Any) -> Iterator[None]:
+    import torch
+
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        yield
 
 
 def _acts_while_decoding(press: Any) -> bool:

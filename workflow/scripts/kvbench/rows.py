@@ -1,0 +1,81 @@
+"""Prompts of different lengths, batched so that each gets the tokens that it would get alone.
+
+No press reads a padding mask: pads are scored, kept and attended to as if they were text. So prompts are batched with
+others of exactly their length, where no pad is needed, and a method whose rows depend on one another takes them one
+at a time.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from kvbench import decode
+from kvbench.methods import Dense
+
+TOKENS_AT_ONCE = 16_384
+"""Prompt tokens of a batch, at most, unless one prompt has more."""
+
+
+def generate_rows(
+    model: Any, prompts: Sequence[Sequence[int]], method: Dense, new_tokens: int, stop: Collection[int] = ()
+) -> list[list[int]]:
+    """Greedy decoding of prompts of any lengths, each as if it were alone.
+
+    Parameters
+    ----------
+    prompts : token ids; `unpadded` takes them out of a padded batch.
+    new_tokens : tokens generated for each, at most.
+    stop : ids that end a row; the one that did is kept.
+
+    Returns
+    -------
+    The new tokens of each prompt, in the prompts' order.
+
+    Raises
+    ------
+    Unsupported : the method refuses a prompt (shorter than its window, say).
+    """
+    found: list[list[int]] = [[] for _ in prompts]
+    for group in equal_lengths([(len(prompt),) for prompt in prompts], method):
+        ids = torch.tensor([list(prompts[i]) for i in group], device=model.device)
+        tokens = decode.generate(model, ids, method, new_tokens, stop=stop).tokens.tolist()
+        for i, row in zip(group, tokens, strict=True):
+            found[i] = until_end(row, stop)
+    return found
+
+
+def equal_lengths(shapes: Sequence[tuple[int, ...]], method: Dense) -> list[list[int]]:
+    """Places of the prompts that may share a batch.
+
+    Parameters
+    ----------
+    shapes : the lengths of each prompt's parts, or of the whole: what shares a batch has the same.
+
+    Returns
+    -------
+    Groups of places in ``shapes``, of one place each where the method's rows depend on one another.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(place)
+    groups = []
+    for shape, places in alike.items():
+        rows = max(1, TOKENS_AT_ONCE // max(1, sum(shape))) if method.rows_are_independent else 1
+        groups += [places[i : i + rows] for i in range(0, len(places), rows)]
+    return groups
+
+
+def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    """The prompts of a padded batch, whichever side it is padded on.
+
+    Parameters
+    ----------
+    input_ids, attention_mask : int64 [batch, prompt tokens]; the mask is 0 at pads.
+    """
+    return [row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
+
+
+def until_end(tokens: list[int], stop: Collection[int]) -> list[int]:
+    """A row's tokens up to the one that ended it, included; what a batch decoded for the others' sake is left off."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop), tokens)
