@@ -248,6 +248,27 @@ def test_a_prompt_that_a_method_refused_has_its_reason(tmp_path):
     assert "unsupported: shorter than the window" in page.words
 
 
+def test_texts_of_a_padded_batch_stand_beside_the_same_prompts_alone(tmp_path):
+    outputs = []
+    for method in fixture.METHODS[:3]:
+        alone = fixture.outputs(method)
+        batch = [row | {"way": "batch", "text": f"{row['text']}!" * (method != "baseline")} for row in alone]
+        batch[0] |= {"text": alone[0]["text"]}
+        outputs.append(batch + alone)
+    outputs[2][1] |= {"status": "unsupported", "status_reason": "no", "text": None, "token_ids": None}
+    page = Page(rendered(tmp_path, outputs=outputs))
+    told = "differ from the same prompt’s alone: 4 of 6 for baseline, 5 of 6 for knorm-0.8 and 4 of 5 for snapkv-0.5."
+    assert told in page.words
+    names = [a["data-variant"] for a in page.all("article")][:6]
+    assert names == [f"{m}, {way}" for m in fixture.METHODS[:3] for way in ("padded batch", "alone")]
+    for way in ("padded batch", "alone"):  # a row of the table has no space between its cells
+        assert f"knorm-0.8 {way}baseline" in page.words
+
+
+def test_where_nothing_was_padded_nothing_is_said_of_it(page):
+    assert "padded batch" not in page.words and ", alone" not in page.words
+
+
 def test_one_cold_run_claims_no_speed(tmp_path):
     cells = fixture.stats(fixture.GPU, "article")
     for cell in cells:

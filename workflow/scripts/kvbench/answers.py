@@ -8,9 +8,10 @@ import torch
 from tqdm import tqdm
 
 from kvbench.cache import cache_bytes, full_cache_bytes
-from kvbench.decode import generate
+from kvbench.decode import Decoded, generate
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
+from kvbench.rows import equal_lengths, unpadded, until_end
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Limits:
     max_prompt_tokens: int
 
 
-def one_by_one(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
-    """Answer each prompt alone, so that no pad is scored, kept or attended to.
+def alone(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
+    """Answer each prompt as if it were alone, so that no pad is scored, kept or attended to.
 
     A prompt that the method refuses (shorter than its window, say) has the status ``unsupported`` and no text.
 
@@ -34,26 +35,17 @@ def one_by_one(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits
     from transformers import AutoTokenizer
 
     tok = AutoTokenizer.from_pretrained(tokenizer)
-    stop = end_ids(model, tok)
-    answered = []
-    for row in tqdm(_first(prompts, limits.count), desc="outputs", unit="prompt", mininterval=1.0):
-        ids = torch.tensor([encode(tok, row["prompt"])[: limits.max_prompt_tokens]], device=model.device)
-        try:
-            decoded = generate(model, ids, method, limits.new_tokens, stop=stop)
-        except Unsupported as error:
-            answered.append(row | {"prompt_tokens": ids.shape[1], "status": "unsupported", "status_reason": str(error)})
-            continue
-        tokens = decoded.tokens[0].tolist()
-        simulated = method.compresses and not _freed(model, decoded.cache, ids.shape[1] + len(tokens) - 1)
-        answered.append(row | {"prompt_tokens": ids.shape[1], "simulated": simulated} | _answer(tok, tokens, stop))
-    return answered
+    rows = _first(prompts, limits.count)
+    ids = [encode(tok, row["prompt"])[: limits.max_prompt_tokens] for row in rows]
+    answers = _alone(model, tok, method, ids, limits.new_tokens, end_ids(model, tok))
+    return [row | answer for row, answer in zip(rows, answers, strict=True)]
 
 
-def as_the_article(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
-    """Answer all prompts in one left-padded batch through transformers' ``generate``, no chat template.
+def both_ways(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
+    """Answer the prompts as the article does, in one left-padded batch, and the same token ids alone.
 
-    Source: the article's ``generate_text_samples``. Presses read the pads as tokens here, so a compressed answer
-    may differ from the same prompt's alone; this exists to show what the article saw.
+    Source: the article's ``generate_text_samples``: no chat template, the tokenizer's own end of sequence. Presses
+    read the pads as tokens in the batch, so that its texts show the padding's doing beside the press's.
     """
     from transformers import AutoTokenizer
 
@@ -62,22 +54,53 @@ def as_the_article(model: Any, tokenizer: Path, method: Dense, prompts: Path, li
     rows = _first(prompts, limits.count)
     texts = [row["prompt"] for row in rows]
     inputs = tok(texts, return_tensors="pt", padding=True, truncation=True, max_length=limits.max_prompt_tokens)
-    inputs = {key: value.to(model.device) for key, value in inputs.items() if key in ("input_ids", "attention_mask")}
+    ids, stop = unpadded(inputs["input_ids"], inputs["attention_mask"]), {tok.eos_token_id}
+    try:
+        together = [_answer(tok, tokens, stop) for tokens in _padded(model, tok, method, inputs, limits.new_tokens)]
+    except Unsupported as error:
+        together = [_refused(error)] * len(rows)
+    padded = [{"way": "batch", "prompt_tokens": len(own)} | answer for own, answer in zip(ids, together, strict=True)]
+    answers = padded + _alone(model, tok, method, ids, limits.new_tokens, stop)
+    return [row | answer for row, answer in zip(rows + rows, answers, strict=True)]
+
+
+def _padded(model: Any, tokenizer: Any, method: Dense, inputs: Any, new_tokens: int) -> list[list[int]]:
+    """New tokens of a padded batch through transformers' ``generate``, with the method's hooks on throughout."""
+    width = inputs["input_ids"].shape[1]
+    method.check(model, len(inputs["input_ids"]))
     with torch.no_grad(), method.everywhere(model):
         generated = model.generate(
-            **inputs,
-            max_new_tokens=limits.new_tokens,
-            pad_token_id=tok.pad_token_id,
-            eos_token_id=tok.eos_token_id,
+            **{key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")},
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             do_sample=False,
         )
-    new = generated[:, inputs["input_ids"].shape[1] :].tolist()
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    stop = {tok.eos_token_id}
-    return [
-        row | {"prompt_tokens": length} | _answer(tok, tokens, stop)
-        for row, length, tokens in zip(rows, lengths, new, strict=True)
-    ]
+    return list(generated[:, width:].tolist())
+
+
+def _alone(
+    model: Any, tokenizer: Any, method: Dense, prompts: list[list[int]], new_tokens: int, stop: set[int]
+) -> list[dict[str, Any]]:
+    """The answer to each prompt, given as token ids; those of equal lengths share a batch where the method allows."""
+    answers: list[dict[str, Any]] = [{"way": "alone", "prompt_tokens": len(prompt)} for prompt in prompts]
+    groups = equal_lengths([(len(prompt),) for prompt in prompts], method)
+    for group in tqdm(groups, desc="outputs", unit="batch", mininterval=1.0):
+        ids = torch.tensor([prompts[place] for place in group], device=model.device)
+        try:
+            decoded = generate(model, ids, method, new_tokens, stop=stop)
+        except Unsupported as error:
+            for place in group:
+                answers[place] |= _refused(error)
+            continue
+        simulated = method.compresses and not _freed(model, ids, decoded)
+        for place, tokens in zip(group, decoded.tokens.tolist(), strict=True):
+            answers[place] |= {"simulated": simulated} | _answer(tokenizer, tokens, stop)
+    return answers
+
+
+def _refused(error: Unsupported) -> dict[str, Any]:
+    return {"status": "unsupported", "status_reason": str(error)}
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -97,18 +120,18 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
 
 def _answer(tokenizer: Any, tokens: list[int], stop: set[int]) -> dict[str, Any]:
     """An answer up to its end of sequence, which counts as a token and is not part of the text."""
-    end = next((i for i, token in enumerate(tokens) if token in stop), None)
-    kept = tokens if end is None else tokens[: end + 1]
+    kept = until_end(tokens, stop)
     return {
         "text": tokenizer.decode(kept, skip_special_tokens=True),
         "token_ids": kept,
         "new_tokens": len(kept),
-        "stop_reason": "length" if end is None else "eos",
+        "stop_reason": "eos" if kept[-1] in stop else "length",
     }
 
 
-def _freed(model: Any, cache: Any, tokens: int) -> bool:
-    return cache_bytes(cache).allocated < full_cache_bytes(model.config, 1, tokens, model.dtype.itemsize)
+def _freed(model: Any, prompts: torch.Tensor, decoded: Decoded) -> bool:
+    rows, tokens = prompts.shape[0], prompts.shape[1] + decoded.tokens.shape[1] - 1
+    return cache_bytes(decoded.cache).allocated < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
 
 
 def _first(prompts: Path, count: int) -> list[dict[str, Any]]:

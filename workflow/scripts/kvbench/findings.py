@@ -22,12 +22,14 @@ class Compared:
 class TextTally:
     """One variant's outputs against its baseline's.
 
-    ``tokens`` is the median length of the common beginning, in tokens; None where the two variants'
-    tokenizers may differ. ``shared`` is the mean share of words in common.
+    ``way`` is how both were answered, "" where the run knows one way only. ``tokens`` is the median length of the
+    common beginning, in tokens; None where the two variants' tokenizers may differ. ``shared`` is the mean share of
+    words in common.
     """
 
     model: str
     variant: str
+    way: str
     baseline: str
     prompts: int
     equal: int
@@ -219,12 +221,28 @@ def _retry(row: Row, results: str) -> str:
     return f"rm -f {results}/prefill/{folder}.json {results}/generation/{folder}.parquet"
 
 
-def tally(model: str, variant: str, baseline: str, compared: Sequence[Compared]) -> TextTally:
+def padding_words(parted: Sequence[tuple[str, int, int]]) -> str:
+    """What padding prompts into one batch did to the texts.
+
+    Parameters
+    ----------
+    parted : a variant's label, how many of its texts differ from the same prompt's alone, and of how many.
+    """
+    counts = [f"{differ} of {texts} for {label}" for label, differ, texts in parted if texts]
+    return (
+        f"Texts of the padded batch that differ from the same prompt’s alone: {words.listing(counts)}."
+        if counts
+        else ""
+    )
+
+
+def tally(model: str, variant: str, way: str, baseline: str, compared: Sequence[Compared]) -> TextTally:
     """Sum up one variant's texts; ``compared`` has at least one."""
     tokens = [pair.tokens for pair in compared if pair.tokens is not None]
     return TextTally(
         model=model,
         variant=variant,
+        way=way,
         baseline=baseline,
         prompts=len(compared),
         equal=sum(pair.difference.equal for pair in compared),

@@ -19,6 +19,7 @@ OUTPUTS = pa.schema(
         ("conversation_id", pa.string()),
         ("prompt", pa.large_string()),
         ("prompt_tokens", pa.int32()),
+        ("way", pa.string()),
         ("text", pa.large_string()),
         ("token_ids", pa.list_(pa.int32())),
         ("new_tokens", pa.int32()),
@@ -29,7 +30,10 @@ OUTPUTS = pa.schema(
 
 
 def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tokens: int) -> None:
-    """Write a variant's answers to the first ``count`` prompts, one row a prompt."""
+    """Write a variant's answers to the first ``count`` prompts.
+
+    One row a prompt, of the ``way`` "alone"; under the article's protocol another, "batch", of its padded batch.
+    """
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
         from kvbench import answers
@@ -40,7 +44,7 @@ def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tok
         ready = jobs.ready(job, facts)
         ready.method.check(ready.model, 1)
         limits = answers.Limits(count, new_tokens, max_prompt_tokens)
-        answer = answers.as_the_article if job.protocol["name"] == "article" else answers.one_by_one
+        answer = answers.both_ways if job.protocol["name"] == "article" else answers.alone
         return answer(ready.model, ready.manifest.tokenizer, ready.method, prompts, limits)
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:

@@ -24,7 +24,7 @@ CELL_COLUMNS = [
     "device",
     "status",
 ]
-OUTPUT_COLUMNS = ["model", "method", "status", "rank", "prompt", "text"]
+OUTPUT_COLUMNS = ["model", "method", "status", "rank", "prompt", "way", "text"]
 
 # The figures' inks; the report swaps them for its own, which follow dark mode.
 INK, MUTED, FAINT, PAPER = "#1f2328", "#59636e", "#eff2f5", "#ffffff"

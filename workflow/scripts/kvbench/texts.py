@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvbench.diff import Segment, common_prefix, compare_texts
-from kvbench.findings import Compared, TextTally, tally
+from kvbench.findings import Compared, TextTally, padding_words, tally
 from kvbench.words import STATUS_WORDS, Row
 
 PROMPTS_SHOWN = 50
 CHARACTERS_SHOWN = 20_000
 
 STOPPED = {"eos": "ended by itself", "length": "cut at the set length"}
+WAYS = {"batch": "padded batch", "alone": "alone"}
 
 # What would be invisible, or would turn the text around it: shown by name instead.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]")
 
-Key = tuple[str, str]
+Variant = tuple[str, str]
+Key = tuple[str, str, str]  # model, method, way
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Texts:
-    """Everything the report says about outputs."""
+    """Everything the report says about outputs.
+
+    ``padding`` is what a padded batch did to the texts, in words; "" where there was none.
+    """
 
     prompts: tuple[Prompt, ...]
     total: int
     variants: tuple[str, ...]
     tallies: tuple[TextTally, ...]
+    padding: str
     missing: tuple[tuple[str, str], ...]
 
 
@@ -76,19 +82,20 @@ def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str
     ``rows`` are the stats, which name each variant's baseline and their order. ``tokenizers`` maps a model to
     what identifies its tokenizer: tokens are compared where that agrees.
     """
-    variants = {_key(row): str(row["variant"]) for row in rows}
+    labels = {_variant(row): str(row["variant"]) for row in rows}
     answered: dict[Key, dict[int, Row]] = {}
     missing = []
     for row in outputs:
-        name = variants.setdefault(_key(row), str(row["method"]))
+        name = labels.setdefault(_variant(row), str(row["method"]))
         if row.get("rank") is None:
             missing.append((name, _reason(row)))
         else:
-            answered.setdefault(_key(row), {})[row["rank"]] = row
-    base = _baselines(rows, variants, answered)
-    models = list(dict.fromkeys(model for model, _ in variants))
-    order = [key for key in variants if key in answered]
-    order.sort(key=lambda key: (models.index(key[0]), key in base))
+            answered.setdefault((*_variant(row), str(row["way"])), {})[row["rank"]] = row
+    base = _baselines(rows, labels, answered)
+    models, listed = list(dict.fromkeys(model for model, _ in labels)), list(labels)
+    order = sorted(answered, key=lambda key: (models.index(key[0]), key in base, listed.index(key[:2])))
+    several = len({way for _, _, way in answered}) > 1
+    names = {key: f"{labels[key[:2]]}, {WAYS[key[2]]}" if several else labels[key[:2]] for key in order}
     ranks = sorted({rank for texts in answered.values() for rank in texts})
     pairs = {
         (key, rank): _against(answered[key][rank], _reference(key, rank, base, answered), tokenizers)
@@ -99,18 +106,27 @@ def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str
     for rank in ranks[:PROMPTS_SHOWN]:
         keys = [key for key in order if rank in answered[key]]
         row = answered[keys[0]][rank]
-        cards = [_card(variants[key], answered[key][rank], pairs[key, rank], key in base.values()) for key in keys]
+        cards = [_card(names[key], answered[key][rank], pairs[key, rank], key in base.values()) for key in keys]
         prompts.append(Prompt(rank, clip(row.get("prompt") or ""), _prompt_facts(row), tuple(cards)))
     tallies = [
-        tally(key[0], variants[key], variants[base[key]], compared)
+        tally(key[0], labels[key[:2]], WAYS[key[2]] if several else "", labels[base[key][:2]], compared)
         for key in order
         if (compared := [pair for rank in answered[key] if (pair := pairs[key, rank])])
     ]
-    return Texts(tuple(prompts), len(ranks), tuple(variants[key] for key in order), tuple(tallies), tuple(missing))
+    padding = padding_words([(labels[key[:2]], *_parted(key, answered)) for key in order if key[2] == "batch"])
+    return Texts(tuple(prompts), len(ranks), tuple(names.values()), tuple(tallies), padding, tuple(missing))
 
 
-def _key(row: Row) -> Key:
+def _variant(row: Row) -> Variant:
     return str(row["model"]), str(row["method"])
+
+
+def _parted(key: Key, answered: Mapping[Key, Mapping[int, Row]]) -> tuple[int, int]:
+    """How many of a variant's texts in a batch differ from the same prompt's alone, and of how many."""
+    alone = answered.get((key[0], key[1], "alone"), {})
+    both = [(row, alone[rank]) for rank, row in answered[key].items() if rank in alone]
+    both = [(batch, own) for batch, own in both if batch["status"] == own["status"] == "ok"]
+    return sum(batch["text"] != own["text"] for batch, own in both), len(both)
 
 
 def _reason(row: Row) -> str:
@@ -118,15 +134,16 @@ def _reason(row: Row) -> str:
     return f"{status}: {row.get('status_reason') or 'no reason recorded'}"
 
 
-def _baselines(rows: Sequence[Row], variants: Mapping[Key, str], answered: Mapping[Key, Any]) -> dict[Key, Key]:
-    """Each variant's baseline, where both have texts; labels are unique within a run."""
-    by_label = {label: key for key, label in variants.items()}
-    found = {_key(row): by_label.get(str(row.get("baseline"))) for row in rows}
-    return {
-        key: base
-        for key, base in found.items()
-        if base is not None and base != key and key in answered and base in answered
-    }
+def _baselines(rows: Sequence[Row], labels: Mapping[Variant, str], answered: Mapping[Key, Any]) -> dict[Key, Key]:
+    """Each variant's baseline, answered the same way, where both have texts; labels are unique within a run."""
+    by_label = {label: variant for variant, label in labels.items()}
+    bases = {_variant(row): by_label.get(str(row.get("baseline"))) for row in rows}
+    found = {}
+    for model, method, way in answered:
+        base = bases.get((model, method))
+        if base is not None and base != (model, method) and (*base, way) in answered:
+            found[model, method, way] = (*base, way)
+    return found
 
 
 def _reference(key: Key, rank: int, base: Mapping[Key, Key], answered: Mapping[Key, Mapping[int, Row]]) -> Row | None:
