@@ -66,6 +66,27 @@ def test_everything_but_models_and_methods_has_a_default() -> None:
         (method({"press": "KnormPress", "args": {"compression_ratio": -0.1}}), ["-0.1", "[0, 1)"]),
         (method({"press": "KnormPress", "args": {"compression_ratio": "high"}}), ["'high'", "float"]),
         (method({"press": "SnapKVPress", "args": {"window_size": 1.5}}), ["window_size", "1.5", "int"]),
+        (method({"press": "KnormPress", "kept_tokens": 0}), ["methods.x.kept_tokens", "0", "greater than or equal"]),
+        (
+            method({"press": "KnormPress", "args": {"compression_ratio": 0.5}, "kept_tokens": 240}),
+            ["methods.x.args.compression_ratio", "kept_tokens", "leave one of them out"],
+        ),
+        (
+            method(
+                {
+                    "press": "AdaKVPress",
+                    "args": {"press": {"press": "KnormPress", "args": {"compression_ratio": 0.5}}},
+                    "kept_tokens": 240,
+                }
+            ),
+            ["methods.x.args.press.args.compression_ratio", "leave one of them out"],
+        ),
+        (
+            method({"press": "AdaKVPress", "args": {"press": {"press": "KnormPress", "kept_tokens": 9}}}),
+            ["methods.x.args.press.kept_tokens", "not a key of a press"],
+        ),
+        (method({"press": "ThinKPress", "kept_tokens": 9}), ["methods.x.kept_tokens", "ThinKPress has no"]),
+        (method({"press": "ComposedPress", "args": {"presses": []}, "kept_tokens": 9}), ["ComposedPress has no"]),
         (method({"press": "AdaKVPress"}), ["methods.x.args", "needs the argument 'press'"]),
         (
             method({"press": "AdaKVPress", "args": {"press": "SnapKVPress"}}),
@@ -152,6 +173,14 @@ def test_a_local_model_that_is_too_short_is_told_before_any_job(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
     with pytest.raises(UserError, match="workloads.chat: 1024 prompt \\+ 100 new tokens are more than the 512"):
         config.load(changed(models={"m": {"source": {"path": str(tmp_path)}}}))
+
+
+def test_a_budget_is_part_of_a_method_only_where_it_is_set() -> None:
+    budget = {"press": "AdaKVPress", "args": {"press": {"press": "KnormPress"}}, "kept_tokens": 240}
+    loaded = config.load(changed(methods=SMALLEST["methods"] | {"kept": budget}))
+    assert grid.method_spec(loaded, "baseline") == {}
+    assert grid.method_spec(loaded, "knorm-0.8") == SMALLEST["methods"]["knorm-0.8"]
+    assert grid.method_spec(loaded, "kept") == budget
 
 
 def dms_config(variants: Any) -> dict[str, Any]:

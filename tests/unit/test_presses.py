@@ -1,6 +1,7 @@
 """The catalogue that is read from kvpress's source equals what importing it shows."""
 
 import inspect
+from types import SimpleNamespace
 
 import kvpress
 import pytest
@@ -27,3 +28,18 @@ def test_no_import_of_kvpress_is_needed() -> None:
 
     probe = "import sys; from kvbench import presses; presses.catalogue(); print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", probe], text=True).strip() == "False"
+
+
+@pytest.mark.parametrize("press", CLASSES, ids=lambda c: c.__name__)
+def test_whether_a_ratio_can_be_set_is_what_setting_it_shows(press: type) -> None:
+    settable = presses.catalogue()[press.__name__].ratio
+    made = press.__new__(press)
+    made.__dict__["press"] = SimpleNamespace()
+    if settable:
+        made.compression_ratio = 0.25
+        assert made.compression_ratio == 0.25
+    elif settable is False:
+        with pytest.raises(AttributeError):
+            made.compression_ratio = 0.25
+    else:
+        assert not hasattr(press, "compression_ratio")

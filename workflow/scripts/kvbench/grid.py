@@ -54,9 +54,13 @@ def cells(config: Config) -> list[Cell]:
 
 
 def method_spec(config: Config, method: str) -> dict[str, object]:
-    """A method as plain JSON values: ``{}`` for none, ``{"press": …, "args": …}`` or ``{"dms": …}``."""
+    """A method as plain JSON values: ``{}`` for none, ``{"press": …, "args": …}`` or ``{"dms": {…}}``.
+
+    A press has ``kept_tokens`` only where it is set, so that results without it stay what they are.
+    """
     spec = config.methods[method]
-    return spec.model_dump(mode="json") if isinstance(spec, PressMethod | DmsMethod) else {}
+    dumped = spec.model_dump(mode="json") if isinstance(spec, PressMethod | DmsMethod) else {}
+    return {key: value for key, value in dumped.items() if value is not None}
 
 
 def plan(config: Config) -> dict[str, object]:

@@ -138,7 +138,7 @@ class Press(Dense):
 
 
 def build(spec: dict[str, Any]) -> Dense:
-    """The method of a spec: ``{}`` none, ``{"press": Class, "args": {…}}``, ``{"dms": {…}}``.
+    """The method of a spec: ``{}`` none, ``{"press": Class, "args": {…}, "kept_tokens": …}``, ``{"dms": {…}}``.
 
     Raises
     ------

@@ -167,6 +167,8 @@ class PressMethod(Strict):
     """Class name in kvpress, e.g. `KnormPress`."""
     args: dict[str, Any] = {}
     """Its constructor's arguments; a wrapped press is written `{press: …, args: …}` again."""
+    kept_tokens: int | None = Field(None, ge=1)
+    """Tokens of a prompt that it keeps, in place of a compression ratio; a prompt of no more is kept whole."""
 
 
 class Dms(Strict):

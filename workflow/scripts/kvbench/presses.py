@@ -31,7 +31,10 @@ class Argument:
 
 @dataclass
 class Press:
-    """A press class: its bases by name, its constructor arguments (inherited ones first), and its own methods."""
+    """A press class: its bases by name, its constructor arguments (inherited ones first), and its own methods.
+
+    ``ratio`` says whether its compression ratio can be set; None where the class itself has none.
+    """
 
     name: str
     bases: list[str]
@@ -39,20 +42,45 @@ class Press:
     hidden: set[str] = field(default_factory=set)
     own_init: bool = False
     methods: set[str] = field(default_factory=set)
+    ratio: bool | None = None
 
 
 def check(spec: dict[str, Any], where: str) -> list[str]:
-    """Compare a press spec ``{"press": Class, "args": {...}}`` with the catalogue.
+    """Compare a method's spec ``{"press": Class, "args": {...}}`` with the catalogue.
 
     Parameters
     ----------
-    spec : class name and arguments; an argument that is itself a press is such a spec again.
+    spec : class name and arguments; an argument that is itself a press is such a spec again. The outermost may have
+        ``kept_tokens``, a budget in place of every compression ratio.
     where : the config key of the spec, for the messages.
 
     Returns
     -------
     One message for each problem, naming key, value and what would be right; empty if the press can be built.
     """
+    press = {key: value for key, value in spec.items() if key != "kept_tokens"}
+    problems = _check_press(press, where)
+    return problems if problems or spec.get("kept_tokens") is None else _check_budget(press, where)
+
+
+def _check_budget(spec: dict[str, Any], where: str) -> list[str]:
+    name, ratio = spec["press"], _given_ratio(spec, where)
+    if not catalogue()[name].ratio:
+        return [f"{where}.kept_tokens: {name} has no compression_ratio that a budget could set"]
+    return [f"{ratio}: the budget in kept_tokens sets it; leave one of them out"] if ratio else []
+
+
+def _given_ratio(spec: dict[str, Any], where: str) -> str | None:
+    """Where a spec or a press inside it gives a compression ratio, if any does."""
+    for key, value in (spec.get("args") or {}).items():
+        if key == "compression_ratio":
+            return f"{where}.args.{key}"
+        if isinstance(value, dict) and (found := _given_ratio(value, f"{where}.args.{key}")):
+            return found
+    return None
+
+
+def _check_press(spec: dict[str, Any], where: str) -> list[str]:
     known = catalogue()
     name = spec.get("press")
     if not isinstance(name, str) or name not in known or name in ABSTRACT:
@@ -97,7 +125,10 @@ def catalogue() -> dict[str, Press]:
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = _read_class(node)
     presses = {name: press for name, press in classes.items() if _is_a(name, "BasePress", classes)}
-    return {name: replace(press, arguments=_arguments(press, classes)) for name, press in presses.items()}
+    return {
+        name: replace(press, arguments=_arguments(press, classes), ratio=_ratio(press, classes))
+        for name, press in presses.items()
+    }
 
 
 def is_plain_scorer(name: str) -> bool:
@@ -111,7 +142,8 @@ def is_plain_scorer(name: str) -> bool:
 
 def _read_class(node: ast.ClassDef) -> Press:
     methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
-    press = Press(node.name, [base.id for base in node.bases if isinstance(base, ast.Name)], methods=methods)
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    press = Press(node.name, bases, methods=methods, ratio=_own_ratio(node))
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             name = item.target.id
@@ -120,8 +152,26 @@ def _read_class(node: ast.ClassDef) -> Press:
             else:
                 press.arguments[name] = Argument(name, item.annotation, item.value is None)
         elif isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return Press(node.name, press.bases, _signature(item), own_init=True, methods=methods)
+            return replace(press, arguments=_signature(item), hidden=set(), own_init=True)
     return press
+
+
+def _own_ratio(node: ast.ClassDef) -> bool | None:
+    """Whether a class's compression ratio can be set: a field can, a property by what its setter does."""
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            if item.target.id == "compression_ratio":
+                return True
+        elif isinstance(item, ast.FunctionDef) and item.name == "compression_ratio" and len(item.args.args) == 2:
+            return not any(isinstance(statement, ast.Raise) for statement in item.body)
+    return None
+
+
+def _ratio(press: Press, classes: dict[str, Press]) -> bool | None:
+    if press.ratio is not None:
+        return press.ratio
+    found = [_ratio(classes[base], classes) for base in press.bases if base in classes]
+    return next((ratio for ratio in found if ratio is not None), None)
 
 
 def _signature(init: ast.FunctionDef) -> dict[str, Argument]:
@@ -176,7 +226,7 @@ def _check_nested(value: Any, wanted: str, where: str) -> list[str]:
     name = value.get("press")
     if name in catalogue() and kinds and not any(_is_a(name, kind, catalogue()) for kind in kinds):
         return [f"{where}: {name} is no {' or '.join(kinds)}, which is what goes here"]
-    return check(value, where)
+    return _check_press(value, where)
 
 
 def _fits(value: Any, annotation: ast.expr) -> bool:
