@@ -147,7 +147,7 @@ def test_lsf_asks_for_a_gpu_wherever_a_rule_does() -> None:
     assert set(load("lsf")["set-resources"]) == on_the_gpu  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("name", ["gpu", "analysis"])
+@pytest.mark.parametrize("name", ["gpu", "analysis", "eval"])
 def test_environments_pin_what_the_lock_pins(name: str) -> None:
     lock = {
         normal(package): version.split("+")[0]
