@@ -194,7 +194,8 @@ def test_tasks_of_local_files_run_on_a_variant(
     for task, metric in (("kvbench_choices", "acc,none"), ("kvbench_answers", "exact_match,none")):
         assert dense["results"][task][metric] == theirs["results"][task][metric]
     assert dense["kvbench"]["kept_fraction"] == 1.0 and dense["kvbench"]["query_aware"]
-    assert "kvbench_choices" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"kvbench_choices: acc (none) {dense['results']['kvbench_choices']['acc,none']:.4f} ± " in printed
     knorm = evaluate(monkeypatch, "--method", "knorm-0.6", "--question-marker", MARKER, "--limit", "2")
     assert knorm["n-samples"]["kvbench_choices"] == {"original": 4, "effective": 2}
     assert knorm["kvbench"]["kept_fraction"] == pytest.approx(0.4, abs=0.01)

@@ -9,7 +9,6 @@ from typing import Any
 import lm_eval
 import yaml
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
 from transformers import AutoTokenizer
 
 from kvbench import config as configs
@@ -61,7 +60,7 @@ class Tasks:
 
 
 def run(variant: Variant, tasks: Tasks, output: Path) -> None:
-    """Run tasks on a variant, print their table and write it with what the cache kept.
+    """Run tasks on a variant, print their metrics and write them with what the cache kept.
 
     Raises
     ------
@@ -98,7 +97,20 @@ def run(variant: Variant, tasks: Tasks, output: Path) -> None:
         about = devices.describe(device) | {"dtype": str(loaded.model.dtype)}
     shown = {key: found[key] for key in ("results", "groups", "n-shot", "n-samples", "versions") if key in found}
     files.write_json(output, shown | {"kvbench": _facts(variant, tasks, spec, lm) | about})
-    print(make_table(found))
+    print("\n".join(_lines(found["results"])))
+
+
+def _lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Each task's metrics with their standard errors."""
+    found = []
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, _, how = name.partition(",")
+            error = values.get(f"{metric}_stderr,{how}")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                found.append(f"{task}: {metric} ({how}) {value:.4f}{spread}")
+    return found
 
 
 def _facts(variant: Variant, tasks: Tasks, spec: dict[str, Any], lm: CompressedLM) -> dict[str, Any]:
