@@ -1,4 +1,4 @@
-"""A job that dies leaves a row; a job that is told to stop does not."""
+"""A job that dies leaves a row; a job that is told to stop does not; forked here or from the run's warm server."""
 
 import os
 import signal
@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from kvbench import isolate
 
 PROGRAM = """
 import os, signal, sys, time
@@ -21,9 +23,18 @@ print("after")
 """
 
 
-def start(folder: Path, body: str) -> subprocess.Popen[str]:
-    program = PROGRAM.format(here=str(folder), body=body)
-    return subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+@pytest.fixture(params=["own fork", "warm server"])
+def env(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The environment of a job; the server of all of them is that of this process."""
+    run = {} if request.param == "own fork" else {"KVBENCH_RUN": str(os.getpid())}
+    return {key: value for key, value in os.environ.items() if key != "KVBENCH_RUN"} | run
+
+
+def start(folder: Path, body: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(here=str(folder), body=body))
+    env = env | {"PYTHONPATH": str(Path(isolate.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, str(program)], stdout=-1, stderr=-1, text=True, env=env)
 
 
 @pytest.mark.parametrize(
@@ -34,33 +45,65 @@ def start(folder: Path, body: str) -> subprocess.Popen[str]:
         ("import ctypes; ctypes.string_at(0)", "killed by SIGSEGV"),
     ],
 )
-def test_death_by_a_signal_is_a_row(tmp_path: Path, body: str, reason: str) -> None:
-    job = start(tmp_path, body)
-    out, _ = job.communicate(timeout=30)
+def test_death_by_a_signal_is_a_row(tmp_path: Path, env: dict[str, str], body: str, reason: str) -> None:
+    job = start(tmp_path, body, env)
+    out, _ = job.communicate(timeout=120)
     assert (job.returncode, out) == (0, "after\n")
     assert (tmp_path / "row").read_text() == reason
 
 
-def test_an_exception_is_a_failed_job_with_its_traceback(tmp_path: Path) -> None:
-    job = start(tmp_path, "raise ValueError('why')")
-    _, err = job.communicate(timeout=30)
+def test_an_exception_is_a_failed_job_with_its_traceback(tmp_path: Path, env: dict[str, str]) -> None:
+    job = start(tmp_path, "raise ValueError('why')", env)
+    _, err = job.communicate(timeout=120)
     assert job.returncode == 1 and "ValueError: why" in err and not (tmp_path / "row").exists()
 
 
-def test_an_exit_status_is_passed_on(tmp_path: Path) -> None:
-    job = start(tmp_path, "sys.exit(3)")
-    job.communicate(timeout=30)
+def test_an_exit_status_is_passed_on(tmp_path: Path, env: dict[str, str]) -> None:
+    job = start(tmp_path, "sys.exit(3)", env)
+    job.communicate(timeout=120)
     assert job.returncode == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_cancelled_job_ends_its_child_and_leaves_no_row(tmp_path: Path, number: int) -> None:
-    job = start(tmp_path, "time.sleep(60)")
+def test_a_cancelled_job_ends_its_child_and_leaves_no_row(tmp_path: Path, env: dict[str, str], number: int) -> None:
+    job = start(tmp_path, "time.sleep(60)", env)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.02)
     child = int((tmp_path / "pid").read_text())
     job.send_signal(number)
-    job.communicate(timeout=30)
+    job.communicate(timeout=120)
     assert job.returncode == 128 + number and not (tmp_path / "row").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_a_job_of_a_warm_server_finds_its_libraries_imported_and_its_own_settings(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    body = f"Path({str(seen)!r}).write_text(repr(('torch' in sys.modules, os.getcwd(), sys.argv[1:])))"
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid())}
+    start(tmp_path, body, env).communicate(timeout=120)
+    assert seen.read_text() == repr((True, str(Path.cwd()), []))
+
+
+def test_a_client_that_is_killed_takes_its_child_along(tmp_path: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid())}
+    job = start(tmp_path, "time.sleep(60)", env)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.02)
+    job.kill()
+    job.wait()
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(500):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the child lives on")
+
+
+def test_without_a_server_a_job_forks_by_itself(tmp_path: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(tmp_path / ("x" * 120))}
+    (tmp_path / ("x" * 120)).mkdir()  # too long a path for a socket
+    start(tmp_path, "sys.exit(0)", env).communicate(timeout=120)
+    assert (tmp_path / "pid").exists()

@@ -1,5 +1,6 @@
 # The config, validated once; where things lie; and what each job depends on, as strings that change when it does.
 import atexit
+import os
 import re
 import sys
 import time
@@ -32,11 +33,13 @@ VARIANTS = grid.variants(CONFIG)
 CELLS = grid.cells(CONFIG)
 # inside a deployed environment its own python comes first on the path; elsewhere, the one that runs Snakemake
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+# jobs on this machine are forked from one process that has imported the libraries; those of a cluster run alone
+RUN = "" if workflow.remote_exec else os.getpid()
 # compiled kernels outlive their job, so that a second one of the same shapes starts in seconds
 COMPILED = Path(RESULTS, "compiled").resolve()
 # what a rule's shell calls by a script's name
 shell.prefix(
-    'set -euo pipefail; export TORCHINDUCTOR_CACHE_DIR="${{TORCHINDUCTOR_CACHE_DIR:-{COMPILED}}}";'
+    'set -euo pipefail; export KVBENCH_RUN={RUN} TORCHINDUCTOR_CACHE_DIR="${{TORCHINDUCTOR_CACHE_DIR:-{COMPILED}}}";'
     ' kvbench() {{ "{PYTHON}" "{SCRIPTS}/$1.py" "${{@:2}}"; }}; '
 )
 

@@ -4,7 +4,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+
+from kvbench import warm
 
 _ASKED_TO_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -13,22 +16,30 @@ def isolated(work: Callable[[], None], died: Callable[[str], None]) -> None:
     """Run ``work`` in a forked child; if a signal that nobody sent on purpose kills it, call ``died`` with a reason.
 
     Call it before torch is imported: the fork is then free, and the parent stays small enough to outlive the
-    kernel's out-of-memory killer. An interrupt or a scheduler's time limit ends both and leaves no row.
+    kernel's out-of-memory killer. Within a run the child comes from the run's `warm` server, where the script starts
+    anew and gets here again. An interrupt or a scheduler's time limit ends both and leaves no row.
     """
+    if os.environ.get(warm.CHILD):
+        work()
+        return
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os._exit(_finished(work))
+    asked: list[int] = []
 
-    def stop(number: int, _: FrameType | None) -> None:
-        os.kill(child, number)
-        os.waitpid(child, 0)
-        os._exit(128 + number)
+    def pass_on(child: int) -> None:
+        def stop(number: int, _: FrameType | None) -> None:
+            asked.append(number)
+            with suppress(ProcessLookupError):
+                os.kill(child, number)
 
-    for asked in _ASKED_TO_STOP:
-        signal.signal(asked, stop)
-    _, status = os.waitpid(child, 0)
+        for number in _ASKED_TO_STOP:
+            signal.signal(number, stop)
+
+    status = warm.run_again(pass_on)
+    if status is None:
+        status = _forked(work, pass_on)
+    if asked:
+        sys.exit(128 + asked[0])
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number in _ASKED_TO_STOP:
@@ -37,6 +48,15 @@ def isolated(work: Callable[[], None], died: Callable[[str], None]) -> None:
         died(f"killed by {signal.Signals(number).name}{hint}")
     elif os.WEXITSTATUS(status):
         sys.exit(os.WEXITSTATUS(status))
+
+
+def _forked(work: Callable[[], None], started: Callable[[int], None]) -> int:
+    """Wait status of a child of our own that has done the work."""
+    child = os.fork()
+    if child == 0:
+        os._exit(_finished(work))
+    started(child)
+    return os.waitpid(child, 0)[1]
 
 
 def _finished(work: Callable[[], None]) -> int:
