@@ -42,7 +42,6 @@ def name(spec: dict[str, Any]) -> str:
 
 def compressed(model: Any, ids: torch.Tensor, spec: dict[str, Any]) -> tuple[Any, methods.Dense, int]:
     method = methods.build(spec)
-    torch.manual_seed(0)  # RandomPress draws from the global generator where it is given no seed
     _, cache = prefill(model, ids, method)
     return cache, method, method.next_position(ids.shape[1], cache)
 
@@ -93,7 +92,6 @@ def test_after_a_whole_cache_it_is_the_models_own_forward(architecture: str) -> 
 @pytest.mark.parametrize("spec", [*SPECS, {}], ids=lambda s: s.get("press", "none"))
 def test_its_argmax_is_what_generate_writes(spec: dict[str, Any]) -> None:
     model, ids, method = tiny.model(), tiny.ids(1, 140), methods.build(spec)
-    torch.manual_seed(0)
     tokens = generate(model, ids, method, 10).tokens
     cache, method, position = compressed(model, ids, spec)
     logits = continue_from(model, cache, tokens[:, :-1], method, position)
@@ -109,6 +107,17 @@ def test_a_press_that_acts_while_decoding_goes_step_by_step() -> None:
     again, _, _ = compressed(model, ids, {})
     with method.decoding(model):
         assert torch.equal(logits, stepwise(model, again, more, 80))
+
+
+@pytest.mark.parametrize("press", ["DecodingPress", "CAMPress"])
+def test_a_press_forgets_the_sequence_before(press: str) -> None:
+    args = {"base_press": {"press": "KnormPress", "args": {}}, "compression_interval": 3, "target_size": 60}
+    model, method, more = tiny.model(), methods.build({"press": press, "args": args}), tiny.ids(1, 20, seed=9)
+    read = []
+    for ids in (tiny.ids(1, 80, seed=1), tiny.ids(1, 300, seed=2), tiny.ids(1, 80, seed=1)):
+        _, cache = prefill(model, ids, method)
+        read.append(continue_from(model, cache, more, method, ids.shape[1]))
+    assert torch.equal(read[0], read[2])
 
 
 def test_eager_attention_gets_masks_of_its_own_form() -> None:

@@ -22,6 +22,7 @@ HALF = {"compression_ratio": 0.5}
 SNAP = {"press": "SnapKVPress", "args": HALF}
 KNORM = {"press": "KnormPress", "args": HALF}
 RANDOM = {"press": "RandomPress", "args": HALF | {"seed": 0}}
+CRITICAL = {"press": "CriticalKVPress", "args": {"press": SNAP}}
 SHARING = [
     *(
         {"press": name, "args": HALF}
@@ -32,7 +33,7 @@ SHARING = [
     ),
     RANDOM,
     {"press": "ThinKPress", "args": {"key_channel_compression_ratio": 0.5}},
-    {"press": "CriticalKVPress", "args": {"press": SNAP}},
+    CRITICAL,
     {"press": "ComposedPress", "args": {"presses": [SNAP, KNORM]}},
     {"press": "KeyRerotationPress", "args": {"press": KNORM}},
     {"press": "MergingPress", "args": {"press": SNAP}},
@@ -40,7 +41,7 @@ SHARING = [
     {"press": "AdaKVPress", "args": {"press": SNAP}},
     {"press": "DMSPress", "args": {"press": {"press": "KnormPress", "args": {}}, "threshold": -0.5}},
 ]  # fmt: skip
-# The first goes on from other positions; the others draw once for a batch, so that a row alone is another draw.
+# The first goes on from other positions; the others draw, by hand from elsewhere.
 UNLIKE = {"KeyRerotationPress", "RandomPress", "LeverageScorePress"}
 DECODING = {
     "press": "DecodingPress",
@@ -133,10 +134,8 @@ def test_comparing_logits_equals_a_loop_over_them(tokens: int, vocabulary: int, 
 def test_one_prefill_gives_both_caches_to_the_bit(spec: dict[str, Any]) -> None:
     model, ids, method = tiny.model(), tiny.ids(2, 140), methods.build(spec)
     assert method.shares_prefill
-    torch.manual_seed(0)  # some draw from the global generator
     full, compressed = prefill_both(model, ids, method)
     hidden = [masks.readable(*pair) for pair in zip(masks.attention_layers(model), layer_keys(compressed), strict=True)]
-    torch.manual_seed(0)
     _, alone = prefill(model, ids, methods.build(spec))
     again = [masks.readable(*pair) for pair in zip(masks.attention_layers(model), layer_keys(alone), strict=True)]
     _, dense = prefill(model, ids, Dense())
@@ -255,9 +254,14 @@ def test_what_is_kept_is_counted_on_the_cache(spec: dict[str, Any], fraction: fl
     assert state.simulated == simulated
 
 
-def test_a_method_for_one_row_gets_one_row() -> None:
-    chunks = {"press": "ChunkKVPress", "args": {"press": SNAP, "chunk_length": 10}}
-    assert len(list(distribution.against_full(tiny.model(), methods.build(chunks), windows(3, 100, 4)))) == 3
+@pytest.mark.parametrize(
+    "spec", [{"press": "ChunkKVPress", "args": {"press": SNAP, "chunk_length": 10}}, RANDOM, CRITICAL], ids=name
+)
+def test_a_window_is_judged_as_if_it_were_alone(spec: dict[str, Any]) -> None:
+    model, chosen = tiny.model(), windows(3, 100, 4)
+    for part, window in zip(distribution.against_full(model, methods.build(spec), chosen), chosen, strict=True):
+        (alone,) = distribution.against_full(model, methods.build(spec), [window])
+        assert (part["kl"] == alone["kl"]).all()
 
 
 def test_what_a_method_refuses_is_unsupported() -> None:

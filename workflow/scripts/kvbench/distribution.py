@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from kvbench import masks, window_table
 from kvbench.decode import continue_from, prefill, prefill_both
-from kvbench.errors import Unsupported
 from kvbench.kept import Kept, kept
 from kvbench.methods import Dense
 from kvbench.window_table import Window
@@ -142,12 +141,8 @@ def _progress(windows: Sequence[Window], rows: int) -> Iterator[Sequence[Window]
 
 
 def _rows_at_once(model: Any, method: Dense, windows: Sequence[Window]) -> int:
-    """As many rows as fit in a batch, or one where the method takes no more."""
+    """As many rows as fit in a batch, or one where a row in company would not get the cache that it gets alone."""
     tokens = len(windows[0].prefix_ids) + len(windows[0].continuation_ids)
-    rows = window_table.rows_at_once(model.device.type, tokens)
-    try:
-        method.check(model, rows)
-    except Unsupported:
-        method.check(model, 1)
-        return 1
+    rows = window_table.rows_at_once(model.device.type, tokens) if method.rows_are_independent else 1
+    method.check(model, rows)
     return rows
