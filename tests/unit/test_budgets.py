@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import tiny
 from kvbench import methods
 from kvbench.decode import generate, prefill
+from kvbench.kept import kept_tokens
 
 EXACT = ["KnormPress", "SnapKVPress", "ExpectedAttentionPress", "StreamingLLMPress", "TOVAPress", "LagKVPress"]
 
@@ -23,10 +24,12 @@ def test_the_ratio_outlasts_every_rounding(kept: int, tokens: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(EXACT), st.integers(1, 150), st.lists(st.integers(66, 140), min_size=1, max_size=3))
 def test_exactly_that_many_are_kept_of_one_prompt_after_another(press: str, kept: int, lengths: list[int]) -> None:
-    method = methods.build({"press": press, "args": {}, "kept_tokens": kept})
+    spec = {"press": press, "args": {}, "kept_tokens": kept}
+    method = methods.build(spec)
     for tokens in lengths:
         _, cache = prefill(tiny.model(), tiny.ids(2, tokens), method)
         assert [layer.keys.shape[2] for layer in cache.layers] == [min(kept, tokens)] * 3
+        assert kept_tokens(spec, tokens) == min(kept, tokens)
 
 
 def test_a_budget_is_shared_out_over_layers_where_the_press_does_so() -> None:

@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from kvbench.cache import cache_bytes, full_cache_bytes
-from kvbench.decode import Decoded, generate
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
-from kvbench.rows import equal_lengths, unpadded, until_end
+from kvbench.rows import generate_rows, unpadded, until_end
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,8 @@ def both_ways(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits:
     inputs = tok(texts, return_tensors="pt", padding=True, truncation=True, max_length=limits.max_prompt_tokens)
     ids, stop = unpadded(inputs["input_ids"], inputs["attention_mask"]), {tok.eos_token_id}
     try:
-        together = [_answer(tok, tokens, stop) for tokens in _padded(model, tok, method, inputs, limits.new_tokens)]
+        new = _padded(model, tok, method, inputs, limits.new_tokens)
+        together = [_answer(tok, until_end(tokens, stop), stop) for tokens in new]
     except Unsupported as error:
         together = [_refused(error)] * len(rows)
     padded = [{"way": "batch", "prompt_tokens": len(own)} | answer for own, answer in zip(ids, together, strict=True)]
@@ -82,20 +80,15 @@ def _padded(model: Any, tokenizer: Any, method: Dense, inputs: Any, new_tokens: 
 def _alone(
     model: Any, tokenizer: Any, method: Dense, prompts: list[list[int]], new_tokens: int, stop: set[int]
 ) -> list[dict[str, Any]]:
-    """The answer to each prompt, given as token ids; those of equal lengths share a batch where the method allows."""
-    answers: list[dict[str, Any]] = [{"way": "alone", "prompt_tokens": len(prompt)} for prompt in prompts]
-    groups = equal_lengths([(len(prompt),) for prompt in prompts], method)
-    for group in tqdm(groups, desc="outputs", unit="batch", mininterval=1.0):
-        ids = torch.tensor([prompts[place] for place in group], device=model.device)
-        try:
-            decoded = generate(model, ids, method, new_tokens, stop=stop)
-        except Unsupported as error:
-            for place in group:
-                answers[place] |= _refused(error)
-            continue
-        simulated = method.compresses and not _freed(model, ids, decoded)
-        for place, tokens in zip(group, decoded.tokens.tolist(), strict=True):
-            answers[place] |= {"simulated": simulated} | _answer(tokenizer, tokens, stop)
+    """The answer to each prompt, given as token ids."""
+    answers = []
+    for prompt, row in zip(prompts, generate_rows(model, prompts, method, new_tokens, stop), strict=True):
+        about = {"way": "alone", "prompt_tokens": len(prompt)}
+        if isinstance(row, Unsupported):
+            answers.append(about | _refused(row))
+        else:
+            simulated = method.compresses and not row.freed
+            answers.append(about | {"simulated": simulated} | _answer(tokenizer, row.tokens, stop))
     return answers
 
 
@@ -119,19 +112,13 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _answer(tokenizer: Any, tokens: list[int], stop: set[int]) -> dict[str, Any]:
-    """An answer up to its end of sequence, which counts as a token and is not part of the text."""
-    kept = until_end(tokens, stop)
+    """An answer from its tokens; the end of sequence counts as one and is not part of the text."""
     return {
-        "text": tokenizer.decode(kept, skip_special_tokens=True),
-        "token_ids": kept,
-        "new_tokens": len(kept),
-        "stop_reason": "eos" if kept[-1] in stop else "length",
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "token_ids": tokens,
+        "new_tokens": len(tokens),
+        "stop_reason": "eos" if tokens[-1] in stop else "length",
     }
-
-
-def _freed(model: Any, prompts: torch.Tensor, decoded: Decoded) -> bool:
-    rows, tokens = prompts.shape[0], prompts.shape[1] + decoded.tokens.shape[1] - 1
-    return cache_bytes(decoded.cache).allocated < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
 
 
 def _first(prompts: Path, count: int) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def kept_tokens(spec: Mapping[str, Any], tokens: int) -> int | None:
     """Tokens that a method leaves in the cache of each KV head after a prompt; None where that is not known.
 
     Known are no method at all, and presses that score tokens and keep the best of each head by one
-    ``compression_ratio``. Wrappers, and presses with a budget of their own for a layer or a head, are not.
+    ``compression_ratio`` or a budget. Wrappers, and presses with a budget of their own for a layer or a head, are not.
 
     Parameters
     ----------
@@ -42,6 +42,8 @@ def kept_tokens(spec: Mapping[str, Any], tokens: int) -> int | None:
         return tokens
     if "press" not in spec or not presses.is_plain_scorer(spec["press"]):
         return None
+    if spec.get("kept_tokens") is not None:
+        return min(int(spec["kept_tokens"]), tokens)
     ratio = (spec.get("args") or {}).get("compression_ratio", 0.0)
     return max(1, int(tokens * (1 - ratio)))
 

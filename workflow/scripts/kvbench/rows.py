@@ -6,20 +6,32 @@ at a time.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from kvbench import decode
+from kvbench.cache import cache_bytes, full_cache_bytes
+from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 
 TOKENS_AT_ONCE = 16_384
 """Prompt tokens of a batch, at most, unless one prompt has more."""
 
 
+@dataclass(frozen=True)
+class Row:
+    """What a prompt was answered with, and whether its cache took fewer bytes than the full one at the end."""
+
+    tokens: list[int]
+    freed: bool
+
+
 def generate_rows(
     model: Any, prompts: Sequence[Sequence[int]], method: Dense, new_tokens: int, stop: Collection[int] = ()
-) -> list[list[int]]:
+) -> list[Row | Unsupported]:
     """Greedy decoding of prompts of any lengths, each as if it were alone.
 
     Parameters
@@ -30,19 +42,21 @@ def generate_rows(
 
     Returns
     -------
-    The new tokens of each prompt, in the prompts' order.
-
-    Raises
-    ------
-    Unsupported : the method refuses a prompt (shorter than its window, say).
+    In the prompts' order, the new tokens of each, or why the method refuses it (shorter than its window, say).
     """
-    found: list[list[int]] = [[] for _ in prompts]
-    for group in equal_lengths([(len(prompt),) for prompt in prompts], method):
-        ids = torch.tensor([list(prompts[i]) for i in group], device=model.device)
-        tokens = decode.generate(model, ids, method, new_tokens, stop=stop).tokens.tolist()
-        for i, row in zip(group, tokens, strict=True):
-            found[i] = until_end(row, stop)
-    return found
+    found: dict[int, Row | Unsupported] = {}
+    groups = equal_lengths([(len(prompt),) for prompt in prompts], method)
+    for group in tqdm(groups, desc="prompts", unit="batch", mininterval=1.0):
+        ids = torch.tensor([list(prompts[place]) for place in group], device=model.device)
+        try:
+            decoded = decode.generate(model, ids, method, new_tokens, stop=stop)
+        except Unsupported as error:
+            found |= dict.fromkeys(group, error)
+            continue
+        freed = _freed(model, ids, decoded)
+        rows = [Row(until_end(tokens, stop), freed) for tokens in decoded.tokens.tolist()]
+        found |= dict(zip(group, rows, strict=True))
+    return [found[place] for place in range(len(prompts))]
 
 
 def equal_lengths(shapes: Sequence[tuple[int, ...]], method: Dense) -> list[list[int]]:
@@ -79,3 +93,8 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list
 def until_end(tokens: list[int], stop: Collection[int]) -> list[int]:
     """A row's tokens up to the one that ended it, included; what a batch decoded for the others' sake is left off."""
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop), tokens)
+
+
+def _freed(model: Any, prompts: torch.Tensor, decoded: decode.Decoded) -> bool:
+    rows, tokens = prompts.shape[0], prompts.shape[1] + decoded.tokens.shape[1] - 1
+    return cache_bytes(decoded.cache).allocated < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
