@@ -157,11 +157,21 @@ HUB = {"KVzapPress", "QFilterPress"}  # their weights are on the hub
 
 
 @pytest.mark.parametrize("name", [name for name in SCORERS if name not in HUB])
-@pytest.mark.parametrize(("ratio", "tokens"), [(0.0, 90), (0.3, 101), (0.8, 101), (0.99, 70)])
-def test_the_caches_of_scoring_presses_are_as_counted(name: str, ratio: float, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "how"),
+    [
+        (90, {"args": {"compression_ratio": 0.0}}),
+        (101, {"args": {"compression_ratio": 0.3}}),
+        (101, {"args": {"compression_ratio": 0.8}}),
+        (70, {"args": {"compression_ratio": 0.99}}),
+        (101, {"kept_tokens": 67}),
+        (90, {"kept_tokens": 100}),
+    ],
+)
+def test_the_caches_of_scoring_presses_are_as_counted(name: str, tokens: int, how: dict[str, Any]) -> None:
     model = tiny.model()
     model.set_attn_implementation("eager" if name == "ObservedAttentionPress" else "sdpa")
-    spec = {"press": name, "args": {"compression_ratio": ratio}}
+    spec = {"press": name, **how}
     _, left = decode.prefill(model, tiny.ids(2, tokens), methods.build(spec))
     model.set_attn_implementation("sdpa")
     kept.check_cache(cache.cache_bytes(left).live, architecture.describe(model.config), spec, 2, tokens, 4)
@@ -185,6 +195,8 @@ KNORM = {"press": "KnormPress", "args": {"compression_ratio": 0.5}}
         ({}, 100),
         (KNORM, 50),
         ({"press": "KnormPress"}, 100),
+        ({"press": "KnormPress", "kept_tokens": 30}, 30),
+        ({"press": "PyramidKVPress", "kept_tokens": 30}, None),
         ({"press": "PyramidKVPress", "args": {"compression_ratio": 0.5}}, None),
         ({"press": "CriticalKVPress", "args": {"press": KNORM}}, None),
         ({"press": "AdaKVPress", "args": {"press": KNORM}}, None),
