@@ -50,6 +50,7 @@ localrules:
     fetch_dataset,
     plan,
     stats,
+    quality_stats,
     bars,
     roofline,
     report,
@@ -129,8 +130,13 @@ def output_files(wildcards):
 
 
 def quality_files(wildcards):
-    """What compression does to the distribution of the next token, for every variant, if the config wants windows."""
+    """What compression does to the next token's distribution, for every variant, if the config wants it."""
     return [f"{RESULTS}/quality/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.quality.windows]
+
+
+def retrieval_files(wildcards):
+    """What every variant still retrieves, if the config wants it."""
+    return [f"{RESULTS}/retrieval/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.quality.retrieval.samples]
 
 
 def has_tokenizer(model):

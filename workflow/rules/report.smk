@@ -9,6 +9,7 @@ rule report:
         stats=rules.stats.output.stats,
         measurements=rules.stats.output.measurements,
         outputs=output_files,
+        quality=rules.quality_stats.output.quality,
         counts=([rules.prompts.output.counts] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []),
         dataset=(
             [rules.fetch_dataset.output.manifest] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []

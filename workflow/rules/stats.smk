@@ -1,4 +1,4 @@
-# Every cell's files become two tables: one row a repeat, and one row a cell.
+# Every job's files become three tables: one row a repeat, one row a cell, and one row a figure of quality.
 
 
 rule plan:
@@ -40,3 +40,24 @@ rule stats:
     shell:
         "kvbench stats --plan {input.plan} --provenance {params.provenance:q}"
         " --measurements {output.measurements} --stats {output.stats} --csv {output.csv} 2>&1 | tee {log}"
+
+
+rule quality_stats:
+    input:
+        plan=rules.plan.output.plan,
+        quality=quality_files,
+        retrieval=retrieval_files,
+        outputs=output_files,
+    output:
+        quality=f"{RESULTS}/quality.parquet",
+    log:
+        f"{RESULTS}/logs/quality_stats.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/quality_stats.tsv"
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        provenance=code("quality_stats"),
+    shell:
+        "kvbench quality_stats --plan {input.plan} --provenance {params.provenance:q}"
+        " --output {output.quality} 2>&1 | tee {log}"

@@ -7,8 +7,8 @@ from difflib import SequenceMatcher
 from typing import Any, Literal
 
 # Scripts without spaces between words count a character as a word.
-_SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"\s*(?:[{_SPACELESS}]|[^\W{_SPACELESS}]+|[^\w\s])|\s+")
+SPACELESS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"\s*(?:[{SPACELESS}]|[^\W{SPACELESS}]+|[^\w\s])|\s+")
 
 LONGEST = 2000  # words compared; matching is quadratic
 ALIKE = 0.25  # below this share of common words a word-by-word diff is only confetti
