@@ -20,6 +20,9 @@ import pyarrow.parquet as pq
 import report_fixture
 from report_fixture import MODEL
 
+from kvbench import quality as quality_job
+from kvbench import window_table
+
 METHODS = [*report_fixture.METHODS[:3], "random-0.5", *report_fixture.METHODS[3:]]
 SPECS: dict[str, Any] = {
     "baseline": "none",
@@ -49,27 +52,11 @@ PREFIX_TOKENS, CONTINUATION_TOKENS = 64, 24
 TASKS = ("needle", "multikey", "variables", "words")
 PROMPT_TOKENS, DEPTHS, SAMPLES = (512, 1024), (0.0, 0.5, 1.0), 40
 
-QUALITY = pa.schema(
-    [(name, pa.string()) for name in ("model", "method", "status", "status_reason", "reference", "corpus", "document")]
-    + [("window", pa.int32()), ("distance", pa.int32()), ("kl", pa.float64()), ("agrees", pa.bool_())]
-    + [("nll_full", pa.float64()), ("nll", pa.float64()), ("kept_fraction", pa.float64()), ("simulated", pa.bool_())]
-)
 RETRIEVAL = pa.schema(
     [(name, pa.string()) for name in ("model", "method", "status", "status_reason", "task")]
     + [("prompt_tokens", pa.int32()), ("depth", pa.float64()), ("sample", pa.int32()), ("document", pa.string())]
     + [("expected", pa.list_(pa.string())), ("answer", pa.string()), ("score", pa.float64()), ("correct", pa.bool_())]
     + [("query_aware", pa.bool_()), ("kept_fraction", pa.float64()), ("simulated", pa.bool_())]
-)
-WINDOWS = pa.schema(
-    [
-        ("corpus", pa.string()),
-        ("document", pa.string()),
-        ("window", pa.int32()),
-        ("prefix_ids", pa.list_(pa.int32())),
-        ("continuation_ids", pa.list_(pa.int32())),
-        ("status", pa.string()),
-        ("status_reason", pa.string()),
-    ]
 )
 GARBLED = ["the cache keeps what " * 12, "and of the press", "قطة من", "fox over the " * 30, "``` ```", ""]
 LOOPS = {2: "قطة " * 40, 4: "\x00\x07\u202e gnp.exe " * 12, 5: "Nothing. " * 20}
@@ -222,8 +209,8 @@ def write(folder: Path) -> dict[str, list[Path]]:
         return folder / stage / MODEL / f"{method}.parquet"
 
     return {
-        "windows": [_parquet(windows(), WINDOWS, file("quality", "windows"))],
-        "quality": [_parquet(quality(method), QUALITY, file("quality", method)) for method in METHODS],
+        "windows": [_parquet(windows(), window_table.SCHEMA, folder / f"windows/{MODEL}.parquet")],
+        "quality": [_parquet(quality(method), quality_job.QUALITY, file("quality", method)) for method in METHODS],
         "retrieval": [_parquet(retrieval(method), RETRIEVAL, file("retrieval", method)) for method in METHODS],
         "outputs": [_parquet(outputs(method), None, file("outputs", method)) for method in METHODS],
     }

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.xdist_group("reruns")
 
 EVERYTHING = {
     "fetch_model": 1, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 2, "generation": 2, "outputs": 2,
-    "device_rates": 1, "plan": 1, "stats": 1, "bars": 1, "roofline": 1, "report": 1,
+    "windows": 1, "quality": 2, "device_rates": 1, "plan": 1, "stats": 1, "quality_stats": 1, "bars": 1,
+    "roofline": 1, "report": 1,
 }  # fmt: skip
 KVBENCH = "workflow/scripts/kvbench"
 
@@ -66,7 +67,9 @@ def statement(text: str) -> str:
 
 
 DRAWING = {"bars": 1, "roofline": 1, "report": 1}
-DEVICE = {"prefill": 2, "generation": 2, "outputs": 2}
+JUDGING = {"windows": 1, "quality": 2}
+JUDGED = {"quality_stats": 1, "report": 1}
+DEVICE = {"prefill": 2, "generation": 2, "outputs": 2} | JUDGING | JUDGED
 AFTER = {"stats": 1} | DRAWING
 
 
@@ -81,13 +84,18 @@ AFTER = {"stats": 1} | DRAWING
         ("rates", {"device_rates": 1} | AFTER),
         ("device", {"device_rates": 1} | DEVICE | AFTER),
         ("architecture", DEVICE | AFTER),
-        ("answers", {"outputs": 2, "report": 1}),
+        ("answers", {"outputs": 2} | JUDGED),
+        ("distribution", {"quality": 2} | JUDGED),
+        ("windows", JUDGING | JUDGED),
+        ("verdicts", JUDGED),
+        ("paired", JUDGED),
+        ("text_metrics", JUDGED),
         ("measure", {"prefill": 2, "generation": 2} | AFTER),
         ("decode", DEVICE | AFTER),
         ("cache", DEVICE | AFTER),
         ("methods", DEVICE | AFTER),
         ("prompts", EVERYTHING | {"fetch_model": 0, "fetch_dataset": 0, "device_rates": 0, "plan": 0}),
-        ("workload", {"workload": 1, "prefill": 2, "generation": 2} | AFTER),
+        ("workload", {"workload": 1, "prefill": 2, "generation": 2} | JUDGING | JUDGED | AFTER),
         ("config", {}),
         ("grid", {}),
     ],
@@ -129,7 +137,7 @@ def knorm(ratio: float) -> dict[str, Any]:
     return {"press": "KnormPress", "args": {"compression_ratio": ratio}}
 
 
-ONE = {"prefill": 1, "generation": 1, "outputs": 1}
+ONE = {"prefill": 1, "generation": 1, "outputs": 1, "quality": 1} | JUDGED
 
 
 def test_an_edited_press_argument_reruns_that_variant_only(run: Run) -> None:
@@ -143,7 +151,7 @@ def test_an_added_variant_is_all_that_runs(run: Run) -> None:
 
 def test_the_order_of_keys_reruns_nothing_that_measures(run: Run) -> None:
     methods = {"knorm-0.5": {"args": {"compression_ratio": 0.5}, "press": "KnormPress"}, "baseline": "none"}
-    assert not set(run.plan(methods=methods)) & set(DEVICE)
+    assert not set(run.plan(methods=methods)) & {"prefill", "generation", "outputs", "quality"}
 
 
 def test_a_changed_dataset_reruns_what_comes_of_it(run: Run) -> None:

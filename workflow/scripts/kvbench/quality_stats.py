@@ -25,6 +25,9 @@ QUALITY = pa.schema(
 )
 """quality.parquet: one row a variant, metric and slice; intervals are 95%."""
 
+STAGES = ("quality", "retrieval", "outputs")
+"""Folders of the jobs' files, one file a variant."""
+
 OVERALL = "overall"
 """The metric of the rows that hold nothing but a variant's verdict."""
 
@@ -68,8 +71,16 @@ class Seen:
 
 def write(plan: dict[str, Any], folder: Path, output: Path, provenance: dict[str, Any]) -> None:
     """Write quality.parquet from the files of ``folder`` that the plan calls for."""
-    rows = merge(plan, folder)
-    tables.write(output, pa.Table.from_pylist(rows, QUALITY), provenance)
+    table = pa.Table.from_pylist(merge(plan, folder), QUALITY)
+    tables.write(output, table, provenance | _machine(plan, folder))
+
+
+def _machine(plan: dict[str, Any], folder: Path) -> Row:
+    """Versions, device and driver of the first variant's jobs; all of a run have the same but for a change since."""
+    cell = plan["cells"][0]
+    files = [folder / stage / cell["model"] / f"{cell['method']}.parquet" for stage in STAGES]
+    facts = next((tables.provenance_of(file) for file in files if file.exists()), {})
+    return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}
 
 
 def merge(plan: dict[str, Any], folder: Path) -> list[Row]:
