@@ -26,7 +26,7 @@ def cache_bytes(cache: Any) -> CacheBytes:
 
     Parameters
     ----------
-    cache : our packed one (which knows its ``live_bytes``), DMS paged (``layers`` with ``key_blocks`` and
+    cache : our packed or compact one (which knows its ``live_bytes``), DMS paged (``layers`` with ``key_blocks`` and
         ``cache_seq_lengths``), layered (``layers`` with ``keys`` and ``values``, as transformers' own), legacy
         (``key_cache`` and ``value_cache`` lists), or nested tuples and lists of tensors.
 
@@ -73,8 +73,9 @@ def _paged_bytes(layers: list[Any]) -> CacheBytes:
 
 
 def _layer_tensors(layer: Any) -> Iterable[torch.Tensor]:
-    # a quantized layer keeps its packed tokens beside the window that is still in full precision
-    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    # a quantized layer keeps its packed tokens beside the window that is still in full precision; ``tensors`` are all
+    # that a compact layer holds
+    names = ("keys", "values", "_quantized_keys", "_quantized_values", "tensors")
     return _tensors_in([getattr(layer, name, None) for name in names])
 
 
