@@ -129,8 +129,3 @@ def test_a_prompt_shorter_than_a_presss_window_is_unsupported_with_its_reason() 
     method = methods.build({"press": "SnapKVPress", "args": HALF})
     with pytest.raises(Unsupported, match="SnapKVPress refuses this input: .*window"):
         generate(tiny.model(), tiny.ids(1, 20), method, 4)
-
-
-def test_dms_is_unsupported_until_it_is_built() -> None:
-    with pytest.raises(Unsupported, match="DMS"):
-        methods.build({"dms": {"adapter": "x"}})

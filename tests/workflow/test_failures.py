@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from runner import ROOT, Done, snakemake
 
+import dms_reference
 import tinyrun
+from kvbench.dms import evict
 
 HALF = {"compression_ratio": 0.5}
 
@@ -24,23 +26,24 @@ def test_cells_that_cannot_be_measured_are_rows_and_the_run_goes_on(tmp_path: Pa
         "knorm": {"press": "KnormPress", "args": HALF},
     }
     config = tinyrun.make(tmp_path, methods=methods, outputs={"prompts": 1, "new_tokens": 2})
+    evict.save(dms_reference.heads(0.3, 8), tmp_path / "adapters/mine")
     done = snakemake(ROOT, tmp_path, config)
     assert done.status == 0, done.output
     rows = {row["method"]: row for row in pq.read_table(tmp_path / "results/stats.parquet").to_pylist()}
     assert {name: row["status"] for name, row in rows.items()} == {
-        "baseline": "ok", "oom": "oom", "failed": "failed", "unsupported": "unsupported", "dms": "unsupported",
+        "baseline": "ok", "oom": "oom", "failed": "failed", "unsupported": "unsupported", "dms": "ok",
         "masks": rows["masks"]["status"], "knorm": "ok",
     }  # fmt: skip
     assert "budget curve" in rows["failed"]["status_reason"]
     assert "first row's chunks" in rows["unsupported"]["status_reason"]
-    assert "DMS" in rows["dms"]["status_reason"]
-    for name in ("oom", "failed", "unsupported", "dms"):
+    for name in ("oom", "failed", "unsupported"):
         assert rows[name]["ttft_s"] is None and rows[name]["repeats"] == 0
         assert f"Not measured: {name} on short: {rows[name]['status']}" in done.output
     assert rows["knorm"]["simulated"] is False and rows["knorm"]["kv_compression_factor"] == 2.0
     assert rows["masks"]["status"] == "failed" or rows["masks"]["simulated"] is True
-    texts = pq.read_table(tmp_path / "results/outputs/tiny/dms.parquet").to_pylist()
-    assert [(row["status"], row["text"]) for row in texts] == [("unsupported", None)]
+    texts = pq.read_table(tmp_path / "results/outputs/tiny/failed.parquet").to_pylist()
+    assert [(row["status"], row["text"]) for row in texts] == [("failed", None)]
+    assert rows["dms"]["kv_cache_bytes"] < rows["baseline"]["kv_cache_bytes"]
     assert "results/prefill/tiny/failed/short.json" in (tmp_path / "results/report.html").read_text("utf-8")
 
 

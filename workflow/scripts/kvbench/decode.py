@@ -44,11 +44,11 @@ def prefill(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.T
     -------
     The first new token of each row, int64 [batch, 1], and the compressed cache.
     """
-    cache = DynamicCache(config=model.config)
+    cache = method.cache(model)
     return _fill(model, input_ids, method, cache), cache
 
 
-def _fill(model: Any, input_ids: torch.Tensor, method: Dense, cache: DynamicCache) -> torch.Tensor:
+def _fill(model: Any, input_ids: torch.Tensor, method: Dense, cache: Any) -> torch.Tensor:
     with method.prefill(model):
         logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1:].argmax(-1)

@@ -1,7 +1,5 @@
 """How decode runs: transformers' eager forward, or one captured step over a packed cache."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -104,7 +102,7 @@ class Packed:
         prefilled: Prefilled,
     ) -> Decoded:
         packed.check(model)
-        if method.acts_while_decoding:
+        if not method.packs:
             raise Unsupported("a press that compresses while decoding changes the cache's shapes; use engine: hf")
         fused = self._fused(model)
         mark()
@@ -115,7 +113,7 @@ class Packed:
         position = method.next_position(input_ids.shape[1], cache)
         if self.state is None or self.state.tokens.shape[1] != new_tokens or not self.state.cache.fits(cache):
             self.state = None  # its memory goes first
-            self.state = _State(model, fused, cache, new_tokens, self.compiled)
+            self.state = _State(model, fused, method, method.pack(cache, new_tokens), token, new_tokens, self.compiled)
         else:
             self.state.cache.fill(cache)
         self.state.start(token, position)
@@ -134,11 +132,19 @@ class Packed:
 class _State:
     """Static inputs, outputs and cache of a decode step, and the step itself."""
 
-    def __init__(self, model: Any, fused: Fused, cache: Any, new_tokens: int, compiled: bool) -> None:
-        rows, device = cache.layers[0].keys.shape[0], cache.layers[0].keys.device
-        self.model, self.fused = model, fused
+    def __init__(
+        self,
+        model: Any,
+        fused: Fused,
+        method: Dense,
+        cache: Any,
+        token: torch.Tensor,
+        new_tokens: int,
+        compiled: bool,
+    ) -> None:
+        rows, device = len(token), token.device
+        self.model, self.fused, self.method, self.cache = model, fused, method, cache
         self.first_position = 0
-        self.cache = packed.PackedCache(cache, new_tokens)
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
         self.tokens = torch.zeros(rows, new_tokens, dtype=torch.long, device=device)
@@ -150,19 +156,20 @@ class _State:
     def start(self, token: torch.Tensor, position: int) -> None:
         """Begin again after the prompt: its first new token, and that token's position."""
         self.first_position = position
-        self.cache.step.zero_()
+        self.cache.rewind()
         self.token.copy_(token)
         self.tokens[:, :1].copy_(token)
         self.position.fill_(position)
 
     def decode(self, mark: Mark) -> None:
         """Decode all tokens after the first, calling ``mark`` after each."""
-        with _attention(self.model, packed.ATTENTION), self.fused.norms_applied(), self.fused.projections_applied():
+        with self.method.steps(self.model), self.fused.norms_applied(), self.fused.projections_applied():
             for _ in range(self.tokens.shape[1] - 1):
                 self._advance()
                 mark()
 
     def _advance(self) -> None:
+        self.cache.reserve()
         if self.token.device.type != "cuda":
             self._step()
             return
@@ -201,17 +208,6 @@ class _State:
         with torch.cuda.graph(graph):
             self._step()
         self.graph = graph
-
-
-@contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
-    """The model with another attention kernel."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def engine(name: str, device: torch.device) -> Engine:

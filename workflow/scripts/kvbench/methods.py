@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from kvbench.errors import Unsupported
@@ -33,6 +34,8 @@ class Dense:
 
     compresses = False
     acts_while_decoding = False
+    packs = True
+    """Whether it decodes over a cache whose shapes no step changes."""
     shares_prefill = False
     """Whether its prefill is the dense one, with each layer's cache pruned or masked after that layer's own pass."""
     rows_are_independent = True
@@ -41,6 +44,12 @@ class Dense:
     def check(self, model: Any, batch_size: int) -> None:
         """Raise `Unsupported` where this method cannot be run as asked."""
 
+    def cache(self, model: Any) -> Any:
+        """An empty cache for the prompt."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=model.config)
+
     def prefill(self, model: Any) -> AbstractContextManager[Any]:
         """Context of the prompt's forward pass; on its exit the cache is compressed."""
         return nullcontext()
@@ -48,6 +57,18 @@ class Dense:
     def decoding(self, model: Any) -> AbstractContextManager[Any]:
         """Context of the decode steps."""
         return nullcontext()
+
+    def pack(self, cache: Any, new_tokens: int) -> Any:
+        """The compressed cache in a form that decodes ``new_tokens`` tokens without a change of shape."""
+        from kvbench.packed import PackedCache
+
+        return PackedCache(cache, new_tokens)
+
+    def steps(self, model: Any) -> AbstractContextManager[Any]:
+        """Context of the decode steps over a packed cache."""
+        from kvbench import packed
+
+        return packed.attention(model, packed.ATTENTION)
 
     def everywhere(self, model: Any) -> AbstractContextManager[Any]:
         """Context around a whole ``generate``, as the article has it: hooks stay on while decoding."""
@@ -70,6 +91,7 @@ class Press(Dense):
         self.press = build_press(spec)
         self.kept_tokens: int | None = spec.get("kept_tokens")
         self.acts_while_decoding = _acts_while_decoding(self.press)
+        self.packs = not self.acts_while_decoding
         self.shares_prefill = _shares_prefill(self.press)
         kinds = {kind.__name__ for press in _nested(self.press) for kind in type(press).__mro__}
         random_projection = any(getattr(press, "use_random_leverage", False) for press in _nested(self.press))
@@ -142,10 +164,14 @@ def build(spec: dict[str, Any]) -> Dense:
 
     Raises
     ------
-    Unsupported : the press refuses its arguments, or the method is DMS, which this version cannot run.
+    Unsupported : the press refuses its arguments, or the method is a DMS checkpoint, which this version cannot run.
     """
     if "dms" in spec:
-        raise Unsupported("DMS is not built yet in this version of kvbench")
+        if not spec["dms"].get("adapter"):
+            raise Unsupported("DMS checkpoints are not built yet in this version of kvbench; adapters are")
+        from kvbench.dms.method import Dms
+
+        return Dms(Path(spec["dms"]["adapter"]))
     return Press(spec) if "press" in spec else Dense()
 
 

@@ -5,6 +5,8 @@ batch 64 that, not the cache's bytes, sets the speed. Here a step writes one slo
 shapes never change, and on a GPU it is replayed as one CUDA graph.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +116,13 @@ class PackedCache:
         layer.values.index_copy_(2, slot, values)
         return layer.keys, layer.values
 
+    def reserve(self) -> None:
+        """What the engine calls before a step; here every slot is there from the start."""
+
+    def rewind(self) -> None:
+        """Back to the first step."""
+        self.step.zero_()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Kept tokens of a layer."""
         return int(self.layers[layer_idx].kept)
@@ -169,6 +178,17 @@ def attend(
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+
+
+@contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """The model with another attention kernel."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def check(model: Any) -> None:

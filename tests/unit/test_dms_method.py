@@ -1,0 +1,87 @@
+"""DMS in every engine: the tokens of the rule, step by step, and bytes that are freed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dms_reference
+import tiny
+from kvbench import engines, methods
+from kvbench.cache import cache_bytes, full_cache_bytes
+from kvbench.decode import generate, prefill
+from kvbench.dms import evict
+from kvbench.errors import Unsupported
+
+WINDOW = 12
+
+
+def nothing(_: Any = None) -> None:
+    return None
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    evict.save(dms_reference.heads(0.3, WINDOW), tmp_path)
+    return tmp_path
+
+
+def method(adapter: Path) -> methods.Dense:
+    return methods.build({"dms": {"adapter": str(adapter), "checkpoint": None, "revision": None}})
+
+
+def by_the_rule(model: Any, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
+    """Greedy tokens, each from a forward pass over the whole sequence."""
+    heads, found = dms_reference.heads(0.3, WINDOW), ids
+    for _ in range(new_tokens):
+        logits = dms_reference.Reference(model, heads, found).logits
+        found = torch.cat([found, logits[:, -1:].argmax(-1)], 1)
+    return found[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Qwen3", "Mistral"])
+def test_hf_and_graph_decode_by_the_rule(architecture: str, adapter: Path) -> None:
+    model, ids = copy.deepcopy(tiny.model(architecture)), tiny.ids(3, 60)
+    expected = by_the_rule(model, ids, 30)
+    assert generate(model, ids, method(adapter), 30).tokens.tolist() == expected
+    dms = method(adapter)
+    for name in ("hf", "graph"):
+        engine = engines.engine(name, ids.device)
+        assert engine.generate(model, ids, dms, 30, nothing, nothing).tokens.tolist() == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_buffers_are_used_again_and_leave_no_trace_of_the_run_before(adapter: Path) -> None:
+    model, dms = copy.deepcopy(tiny.model()), method(adapter)
+    engine = engines.engine("graph", torch.device("cpu"))
+    assert isinstance(engine, engines.Packed)
+
+    def run(seed: int, tokens: int, new_tokens: int) -> list[list[int]]:
+        ids = tiny.ids(2, tokens, seed)
+        return engine.generate(model, ids, dms, new_tokens, nothing, nothing).tokens.tolist()
+
+    first = run(1, 80, 25)
+    state = engine.state
+    run(2, 80, 25)
+    assert run(1, 80, 25) == first and engine.state is state
+    assert run(1, 80, 45)[0][:25] == first[0]  # more room, new buffers
+    other = tiny.ids(2, 120, 3)
+    assert run(3, 120, 10) == generate(model, other, dms, 10).tokens.tolist()
+
+
+def test_bytes_are_freed_and_what_was_achieved_is_told(adapter: Path) -> None:
+    model, ids, dms = copy.deepcopy(tiny.model()), tiny.ids(2, 400), method(adapter)
+    _, cache = prefill(model, ids, dms)
+    full, measured = full_cache_bytes(model.config, 2, 400, 4), cache_bytes(cache)
+    assert measured.live < measured.allocated < full / 2
+    facts = dms.facts(cache)
+    assert facts["window"] == WINDOW and facts["compression_factor"] == pytest.approx(full / measured.live)
+
+
+def test_the_articles_way_and_checkpoints_are_unsupported(adapter: Path) -> None:
+    with pytest.raises(Unsupported, match="article"):
+        method(adapter).everywhere(tiny.model())
+    with pytest.raises(Unsupported, match="checkpoint"):
+        methods.build({"dms": {"checkpoint": "x/y", "revision": "0" * 40}})

@@ -1,0 +1,87 @@
+"""DMS as a method of a run."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvbench import packed
+from kvbench.dms import adapter, evict
+from kvbench.dms.attention import ATTENTION
+from kvbench.dms.cache import CompactCache
+from kvbench.errors import Unsupported
+from kvbench.methods import Dense
+
+
+class Dms(Dense):
+    """Trained eviction, in the prompt and while decoding, in a cache that frees the bytes.
+
+    Source: arXiv 2506.05345.
+
+    Parameters
+    ----------
+    folder : of an adapter; `adapter.load` says what is in it. It is merged into the first model that this method
+        runs on, and stays.
+    """
+
+    compresses = True
+    acts_while_decoding = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._model: Any = None
+        self._heads: evict.Heads | None = None
+
+    def heads(self, model: Any) -> evict.Heads:
+        """The eviction heads, attached to the model; the adapter is read and merged when first asked for.
+
+        Raises
+        ------
+        UserError, Unsupported : as `adapter.load`.
+        """
+        if self._heads is None or self._model is not model:
+            packed.check(model)
+            self._heads = adapter.load(model, self.folder)
+            evict.attach(model, self._heads)
+            self._model = model
+        return self._heads
+
+    def check(self, model: Any, batch_size: int) -> None:
+        self.heads(model)
+        head_dim = model.model.layers[0].self_attn.head_dim
+        if model.device.type == "cuda" and (head_dim < 16 or head_dim & (head_dim - 1)):
+            raise Unsupported(f"the DMS kernels want a head_dim that is a power of two from 16 on, not {head_dim}")
+
+    def cache(self, model: Any) -> CompactCache:
+        return CompactCache(self.heads(model).window)
+
+    def prefill(self, model: Any) -> AbstractContextManager[Any]:
+        self.heads(model)
+        return packed.attention(model, ATTENTION)
+
+    @contextmanager
+    def decoding(self, model: Any) -> Iterator[None]:
+        def reserve(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            kwargs["past_key_values"].reserve()
+
+        hook = model.register_forward_pre_hook(reserve, with_kwargs=True)
+        try:
+            with packed.attention(model, ATTENTION):
+                yield
+        finally:
+            hook.remove()
+
+    def steps(self, model: Any) -> AbstractContextManager[Any]:
+        return packed.attention(model, ATTENTION)
+
+    def pack(self, cache: CompactCache, new_tokens: int) -> CompactCache:
+        cache.pack(new_tokens)
+        return cache
+
+    def everywhere(self, model: Any) -> AbstractContextManager[Any]:
+        raise Unsupported("DMS has a cache of its own, which the article's way of generating does not take")
+
+    def facts(self, cache: CompactCache) -> dict[str, float]:
+        """What was achieved, as against what was asked: ``window``, ``kept_fraction``, ``compression_factor``."""
+        kept = cache.kept_fraction()
+        return {"window": cache.window, "kept_fraction": kept, "compression_factor": 1 / kept}
