@@ -59,7 +59,9 @@ def attend(module: Any, query: Any, keys: Any, values: Any, *_: Any, scaling: fl
     decided = dms.logits()
     REFERENCES[-1].decisions.append(decided)
     group = query.shape[1] // keys.shape[1]
-    mask = evict.visible(evict.shifted(decided) > 0, dms.heads.window, torch.arange(query.shape[2]))
+    mask = evict.visible(
+        evict.shifted(decided) > 0, dms.heads.window, torch.arange(query.shape[2], device=query.device)
+    )
     keys, values, mask = (part.repeat_interleave(group, 1) for part in (keys, values, mask))
     scores = (query @ keys.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ values).transpose(1, 2), None

@@ -8,8 +8,9 @@ import torch
 
 import dms_reference
 import tiny
-from kvbench.dms import adapter, evict
+from kvbench.dms import adapter, calibrate, evict
 from kvbench.dms.attention import ATTENTION
+from kvbench.dms.cache import CompactCache
 from kvbench.errors import Unsupported, UserError
 
 
@@ -108,3 +109,23 @@ def test_half_a_lora_is_refused(tmp_path: Path) -> None:
     (tmp_path / adapter.CONFIG).write_text("{}")
     with pytest.raises(UserError, match="other half"):
         adapter.load(dms_reference.model("Llama"), tmp_path)
+
+
+def test_random_heads_keep_the_share_they_are_calibrated_to() -> None:
+    model, ids, window = dms_reference.model("Qwen3"), tiny.ids(3, 400), 20
+    keep = calibrate.share(5, 400, window)
+    heads = calibrate.random_heads(model, window, keep, ids)
+    cache = CompactCache(window)
+    with torch.no_grad(), evict.attached(model, heads, ATTENTION):
+        model(ids, past_key_values=cache, use_cache=True)
+    assert cache.kept_fraction() == pytest.approx(1 / 5, rel=0.05)
+    for layer in cache.layers:
+        by_head = layer.lengths.float().mean(0) / 400
+        assert by_head.tolist() == pytest.approx([1 / 5] * 2, rel=0.15)
+    assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_a_share_that_the_window_exceeds_is_refused() -> None:
+    assert calibrate.share(8, 16384, 512) == pytest.approx(0.0967, abs=1e-3)
+    with pytest.raises(UserError, match="window of 512"):
+        calibrate.share(8, 1024, 512)
