@@ -37,7 +37,7 @@ def steps(model: Any, made: evict.Heads, cache: CompactCache, ids: torch.Tensor,
     return torch.cat(found, 1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     architecture=st.sampled_from(ARCHITECTURES),
     keep=KEPT,
@@ -69,7 +69,7 @@ def test_prompt_and_steps_equal_the_rule(
         assert bool((layer.lengths <= layer.blocks * 16).all())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=2, max_size=3),
     keep=KEPT,

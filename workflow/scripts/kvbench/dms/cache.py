@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kvbench.dms.layer import BLOCK, Layer, ceil_div, owners
+from kvbench.dms.layer import BLOCK, Layer, addresses, ceil_div, coming, owners
 from kvbench.dms.partition import Partition
 
 HORIZON = 64
@@ -36,7 +36,7 @@ class CompactCache:
 
     Attributes
     ----------
-    layers : in the model's order, as far as the prompt has come.
+    layers : in the model's order, as far as the prompt has come; their tables are equally wide.
     step : int64 [1], how many tokens were decoded; the engine's to count, like the packed cache's.
     """
 
@@ -79,24 +79,28 @@ class CompactCache:
         self.seen += 1
 
     def _extend(self) -> None:
-        need = torch.stack([layer.coming(self._ahead) for layer in self.layers])
-        have = torch.stack([layer.blocks for layer in self.layers])
+        names = ("lengths", "ring", "position", "blocks")
+        lengths, ring, position, have = (torch.stack([getattr(layer, name) for layer in self.layers]) for name in names)
+        need = coming(lengths, ring, position, have, self._ahead)
         *counts, widest = torch.cat([need.sum((1, 2)), (need + have).max()[None]]).tolist()
+        if not any(counts):
+            return
+        for layer in self.layers:
+            layer.widen(widest)
         chunk = self.layers[0].chunks[0]
         fresh = chunk.new_zeros(sum(counts), *chunk.shape[1:])
-        for layer, wanted, count, part in zip(self.layers, need, counts, fresh.split(counts), strict=True):
-            layer.widen(widest)
-            if count:
-                layer.hand_out(wanted, part, *owners(wanted, count))
-                layer.chunks.append(part)
+        owner, within = owners(need, len(fresh))
+        width, heads = self.layers[0].table.shape[-1], need[0].numel()
+        entry = (owner % heads * width + have.flatten()[owner] + within).split(counts)
+        address, parts = addresses(fresh).split(counts), fresh.split(counts)
+        for layer, *given in zip(self.layers, entry, address, need, parts, strict=True):
+            if len(given[0]):
+                layer.enter(*given)
 
     def pack(self, new_tokens: int) -> None:
         """Give the tables their final width, so that no shape changes in ``new_tokens`` tokens."""
         for layer in self.layers:
             layer.widen(ceil_div(self.seen + new_tokens, BLOCK))
-        self._remember()
-
-    def _remember(self) -> None:
         self._start = [tuple(book.clone() for book in layer.books()) for layer in self.layers]
 
     def rewind(self) -> None:
@@ -122,15 +126,17 @@ class CompactCache:
         )
 
     def fill(self, other: "CompactCache") -> None:
-        """Take over another prompt's blocks, into the same tables; no key or value is copied."""
+        """Take over another prompt's blocks, in the same tables, and rewind to its end; it is used up.
+
+        No key or value is copied.
+        """
         for mine, new in zip(self.layers, other.layers, strict=True):
             mine.chunks = new.chunks
             mine.table[..., : new.table.shape[-1]] = new.table
-            for book, then in zip((mine.blocks, *mine.books()), (new.blocks, *new.books()), strict=True):
-                book.copy_(then)
+            mine.blocks.copy_(new.blocks)
         self.seen, self._ahead = other.seen, other._ahead
-        self._remember()
-        self.step.zero_()
+        self._start = [layer.books() for layer in other.layers]
+        self.rewind()
 
     def admit(self) -> None:
         """What the engine calls at the start of a step; nothing here is masked by it."""

@@ -63,30 +63,9 @@ class Layer:
         self.chunks: list[torch.Tensor] = []
         need = ceil_div(self.lengths, BLOCK)
         owner, within = owners(need, int(need.sum()))
-        slot = within[:, None] * BLOCK + torch.arange(BLOCK, device=keys.device)
-        self._store(keys, values, parts, gone, owner, slot)
-        self.hand_out(need, self.chunks[0], owner, within)
+        chunk = _stored(keys, values, parts, gone, owner, within)
+        self.enter(owner * self.table.shape[-1] + within, addresses(chunk), need, chunk)
         self._open_window(parts, gone, window, oldest)
-
-    def _store(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        parts: Partition,
-        gone: torch.Tensor,
-        owner: torch.Tensor,
-        slot: torch.Tensor,
-    ) -> None:
-        rows, heads, tokens, head_dim = keys.shape
-        kept, gone = parts.kept().flatten()[owner, None], gone.flatten()[owner, None]
-        # slots past a head's length repeat its last token: any number will do that is finite
-        place = torch.where(slot < kept, slot, slot + gone).clamp_(max=tokens - 1)
-        token = parts.order.view(rows * heads, tokens)[owner[:, None], place].long()
-        row, head = owner[:, None] // heads, owner[:, None] % heads
-        chunk = keys.new_empty(len(owner), 2, BLOCK, head_dim)
-        chunk[:, 0] = keys[row, head, token]
-        chunk[:, 1] = values[row, head, token]
-        self.chunks.append(chunk)
 
     def _open_window(self, parts: Partition, gone: torch.Tensor, window: int, oldest: int) -> None:
         tokens, width = parts.order.shape[-1], window + 1
@@ -105,25 +84,11 @@ class Layer:
     def _at(self, offset: int) -> torch.Tensor:
         return ((self.position + offset) % self.ring.shape[-1])[..., None]
 
-    def hand_out(self, need: torch.Tensor, chunk: torch.Tensor, owner: torch.Tensor, within: torch.Tensor) -> None:
-        """Enter the blocks of a chunk in the table: ``need`` [batch, KV heads] of them to each head, in order."""
-        size = chunk[0].nbytes // UNIT
-        address = (chunk.data_ptr() - anchor(chunk).data_ptr()) // UNIT + size * torch.arange(
-            len(owner), device=owner.device
-        )
-        entry = owner * self.table.shape[-1] + self.blocks.flatten()[owner] + within
+    def enter(self, entry: torch.Tensor, address: torch.Tensor, need: torch.Tensor, chunk: torch.Tensor) -> None:
+        """Own the blocks of a chunk: their addresses to entries of the flat table, ``need`` more to each head."""
         self.table.view(-1)[entry] = address
         self.blocks += need
-
-    def coming(self, steps: int) -> torch.Tensor:
-        """How many more blocks each head needs for the next ``steps`` ≤ window steps, int64 [batch, KV heads].
-
-        Exact, as every token that leaves in these steps has been judged.
-        """
-        width = self.ring.shape[-1]
-        turn = (torch.arange(width, device=self.ring.device) - self.position[..., None]) % width
-        grows = ((turn < steps) & (self.ring >= 0)).sum(-1)
-        return (ceil_div(self.lengths + grows, BLOCK) - self.blocks).clamp(min=0)
+        self.chunks.append(chunk)
 
     def widen(self, blocks: int) -> None:
         """Give the table entries for this many blocks a head, at least."""
@@ -161,7 +126,7 @@ class Layer:
         address = self.table.gather(-1, (slots // BLOCK).clamp(max=self.table.shape[-1] - 1))
         for chunk in self.chunks:
             size = chunk[0].nbytes // UNIT
-            block = address - (chunk.data_ptr() - anchor(chunk).data_ptr()) // UNIT
+            block = address - _first(chunk)
             inside = (block >= 0) & (block < size * len(chunk))
             yield chunk.view(-1, chunk.shape[-1]), (block // size * 2 * BLOCK + slots % BLOCK)[inside], inside
 
@@ -173,6 +138,54 @@ class Layer:
     def tensors(self) -> list[torch.Tensor]:
         """All that this layer holds on the device."""
         return [*self.chunks, self.table, self.blocks, *self.books()]
+
+
+def _stored(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    parts: Partition,
+    gone: torch.Tensor,
+    owner: torch.Tensor,
+    within: torch.Tensor,
+) -> torch.Tensor:
+    """The blocks of what a prompt leaves, of which head ``owner`` each and as its how-many-eth, as a new chunk."""
+    rows, heads, tokens, head_dim = keys.shape
+    slot = within[:, None] * BLOCK + torch.arange(BLOCK, device=keys.device)
+    kept, gone = parts.kept().flatten()[owner, None], gone.flatten()[owner, None]
+    # slots past a head's length repeat its last token: any number will do that is finite
+    place = torch.where(slot < kept, slot, slot + gone).clamp_(max=tokens - 1)
+    token = parts.order.view(rows * heads, tokens)[owner[:, None], place].long()
+    row, head = owner[:, None] // heads, owner[:, None] % heads
+    chunk = keys.new_empty(len(owner), 2, BLOCK, head_dim)
+    chunk[:, 0] = keys[row, head, token]
+    chunk[:, 1] = values[row, head, token]
+    return chunk
+
+
+def coming(
+    lengths: torch.Tensor, ring: torch.Tensor, position: torch.Tensor, blocks: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """How many more blocks each head needs for the next ``steps`` ≤ window steps, int64 [layers, batch, KV heads].
+
+    Exact, as every token that leaves in these steps has been judged.
+
+    Parameters
+    ----------
+    lengths, ring, position, blocks : those of `Layer`, stacked.
+    """
+    width = ring.shape[-1]
+    turn = (torch.arange(width, device=ring.device) - position[..., None]) % width
+    grows = ((turn < steps) & (ring >= 0)).sum(-1)
+    return (ceil_div(lengths + grows, BLOCK) - blocks).clamp(min=0)
+
+
+def addresses(chunk: torch.Tensor) -> torch.Tensor:
+    """Where each block of a chunk lies, int64 [blocks], in units of `UNIT` bytes from the anchor."""
+    return _first(chunk) + chunk[0].nbytes // UNIT * torch.arange(len(chunk), device=chunk.device)
+
+
+def _first(chunk: torch.Tensor) -> int:
+    return (chunk.data_ptr() - anchor(chunk).data_ptr()) // UNIT
 
 
 def owners(need: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
