@@ -59,12 +59,18 @@ def test_prompt_and_steps_equal_the_rule(
     assume(expected.clear())
     logits, cache = prompt(model, made, ids[:, :tokens])
     torch.testing.assert_close(logits, expected.logits[:, :tokens], atol=2e-5, rtol=1e-4)
+    holds_what_is_readable(cache, [evict.shifted(part[..., :tokens]) > 0 for part in expected.decisions])
     first = torch.full((rows,), tokens)
     found = steps(model, made, cache, ids[:, tokens:], first)
     torch.testing.assert_close(found, expected.logits[:, tokens:], atol=2e-5, rtol=1e-4)
-    last = tokens + new - 1
-    for layer, marks in zip(cache.layers, expected.marks, strict=True):
-        readable = evict.visible(marks, window, torch.tensor([last])).sum(-1)[..., 0]
+    holds_what_is_readable(cache, expected.marks)
+
+
+def holds_what_is_readable(cache: CompactCache, marks: list[torch.Tensor]) -> None:
+    """By the last query, in blocks that have a slot for each."""
+    for layer, marked in zip(cache.layers, marks, strict=True):
+        last = torch.tensor([marked.shape[-1] - 1])
+        readable = evict.visible(marked, cache.window, last).sum(-1)[..., 0]
         assert layer.lengths.tolist() == readable.tolist()
         assert bool((layer.lengths <= layer.blocks * 16).all())
 
