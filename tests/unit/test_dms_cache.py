@@ -143,6 +143,24 @@ def test_growth_moves_no_token_and_evicted_slots_are_used_again() -> None:
     torch.testing.assert_close(keys[filled], -values[filled])
 
 
+@pytest.mark.parametrize("keep", [0.1, 1.0])
+def test_a_packed_cache_keeps_the_tensors_that_a_graph_would_hold(keep: float) -> None:
+    cache = long_cache(512, keep, 100)
+    cache.pack(150)
+    held = [[layer.table, *layer.books()] for layer in cache.layers]
+    for step in range(150):
+        cache.reserve()
+        decide(cache, keep, step)
+    for before, layer in zip(held, cache.layers, strict=True):
+        assert all(a is b for a, b in zip(before, [layer.table, *layer.books()], strict=True))
+    other = long_cache(512, keep / 2, 100)
+    assert cache.fits(other)
+    cache.fill(other)
+    for before, layer, new in zip(held, cache.layers, other.layers, strict=True):
+        assert all(a is b for a, b in zip(before, [layer.table, *layer.books()], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(layer.books(), new.books(), strict=True))
+
+
 def test_live_bytes_are_what_is_kept() -> None:
     cache = long_cache(500, 0.3, 32)
     kept = sum(int(layer.lengths.sum()) for layer in cache.layers)

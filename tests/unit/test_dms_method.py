@@ -71,6 +71,17 @@ def test_buffers_are_used_again_and_leave_no_trace_of_the_run_before(adapter: Pa
     assert run(3, 120, 10) == generate(model, other, dms, 10).tokens.tolist()
 
 
+def test_decoding_once_more_is_as_much_work_and_stays_in_its_blocks(adapter: Path) -> None:
+    model, dms, ids = copy.deepcopy(tiny.model()), method(adapter), tiny.ids(2, 80, 1)
+    engine = engines.engine("graph", ids.device)
+    first = engine.generate(model, ids, dms, 90, nothing, nothing)
+    for _ in range(3):
+        assert engine.again() == 89
+        for layer in first.cache.layers:
+            assert bool((layer.lengths <= 16 * layer.blocks).all()) and bool((layer.position == 80 + 89).all())
+    assert engine.generate(model, ids, dms, 90, nothing, nothing).tokens.tolist() == first.tokens.tolist()
+
+
 def test_bytes_are_freed_and_what_was_achieved_is_told(adapter: Path) -> None:
     model, ids, dms = copy.deepcopy(tiny.model()), tiny.ids(2, 400), method(adapter)
     _, cache = prefill(model, ids, dms)

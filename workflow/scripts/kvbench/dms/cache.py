@@ -46,7 +46,7 @@ class CompactCache:
         self.window = window
         self.layers: list[Layer] = []
         self.step = torch.zeros(1, dtype=torch.long)
-        self.seen = 0
+        self.seen = self._prompt = 0
         self._ahead = 0
         self._start: list[tuple[torch.Tensor, ...]] = []
 
@@ -100,15 +100,18 @@ class CompactCache:
     def pack(self, new_tokens: int) -> None:
         """Give the tables their final width, so that no shape changes in ``new_tokens`` tokens."""
         for layer in self.layers:
-            layer.widen(ceil_div(self.seen + new_tokens, BLOCK))
+            layer.widen(ceil_div(self.seen + new_tokens + HORIZON, BLOCK))
+        self._prompt = self.seen
         self._start = [tuple(book.clone() for book in layer.books()) for layer in self.layers]
 
     def rewind(self) -> None:
-        """Back to the state after the prompt, if at most one step was done since `pack` or `fill`.
+        """Back to the end of the prompt, as `pack` or `fill` found it; the blocks added since stay.
 
-        That step's token is written again to the same slot; only the books have to be put back.
+        After one step that is exact: its token is written again to the same slot. After more, slots that were used
+        again hold later tokens, so what is then decoded is as much work and means nothing.
         """
         self.step.zero_()
+        self._ahead, self.seen = 0, self._prompt
         for layer, start in zip(self.layers, self._start, strict=True):
             for book, then in zip(layer.books(), start, strict=True):
                 book.copy_(then)
@@ -134,7 +137,7 @@ class CompactCache:
             mine.chunks = new.chunks
             mine.table[..., : new.table.shape[-1]] = new.table
             mine.blocks.copy_(new.blocks)
-        self.seen, self._ahead = other.seen, other._ahead
+        self._prompt = other.seen
         self._start = [layer.books() for layer in other.layers]
         self.rewind()
 

@@ -112,7 +112,8 @@ def sparse_prefill(
 @triton.jit
 def _split(
     query, new_keys, new_values, anchor, table, lengths, free, partial, tops, totals, value_offset, width, splits,
-    scale, group: tl.constexpr, group_padded: tl.constexpr, dim: tl.constexpr, block: tl.constexpr,
+    scale, value_row, value_head,
+    heads: tl.constexpr, group: tl.constexpr, group_padded: tl.constexpr, dim: tl.constexpr, block: tl.constexpr,
     unit: tl.constexpr, size: tl.constexpr, tile: tl.constexpr, new: tl.constexpr,
 ):  # fmt: skip
     """The queries of one group over one split of a head's slots; ``new`` adds a token that is not yet stored."""
@@ -133,7 +134,8 @@ def _split(
         if new:
             skipped = tl.load(free + ragged).to(tl.int32)
             key = tl.load(new_keys + ragged * dim + lane).to(tl.float32)
-            value = tl.load(new_values + ragged * dim + lane).to(tl.float32)
+            value = new_values + ragged // heads * value_row + ragged % heads * value_head
+            value = tl.load(value + lane).to(tl.float32)
             mine = split == 0
             top = tl.where(mine, tl.sum(q.to(tl.float32) * key[None, :], 1) * scale, top)
             total = tl.where(mine, 1.0, total)
@@ -181,7 +183,7 @@ def _merge(
 @triton.jit
 def _append(
     new_keys, new_values, hidden, weight, bias, anchor, table, lengths, ring, free, position, value_offset, width,
-    size, ring_size, gain, offset,
+    size, ring_size, gain, offset, value_row, value_head,
     heads: tl.constexpr, dim: tl.constexpr, block: tl.constexpr, unit: tl.constexpr, size_padded: tl.constexpr,
 ):  # fmt: skip
     """Store the new token of one head in its slot, and keep the books as `Layer.append` does."""
@@ -208,7 +210,8 @@ def _append(
     lane = tl.arange(0, dim)
     at = tl.load(table + ragged * width + slot // block) * unit + slot % block * dim + lane
     tl.store(anchor + at, tl.load(new_keys + ragged * dim + lane))
-    tl.store(anchor + at + value_offset, tl.load(new_values + ragged * dim + lane))
+    value = new_values + ragged // heads * value_row + ragged % heads * value_head
+    tl.store(anchor + at + value_offset, tl.load(value + lane))
 
 
 def attend_paged(
@@ -241,12 +244,13 @@ def step(
 ) -> torch.Tensor:
     """`attention.step`: attend to what is readable and to the new token, then store it."""
     _, heads, _, dim = keys.shape
-    query, keys, values, hidden = (part.contiguous() for part in (query, keys, values, hidden))
+    # values may be a slice of a product over all projections; the others come from arithmetic and have no gaps
+    query, keys, hidden = (part.contiguous() for part in (query, keys, hidden))
     offset = BLOCK * dim
     out = _attend(query, keys, values, anchor, table, lengths, free, offset, scale, new=True)
     _append[(lengths.numel(),)](
         keys, values, hidden, weight, bias, anchor, table, lengths, ring, free, position, offset, table.shape[-1],
-        hidden.shape[-1], ring.shape[-1], SCALE, OFFSET,
+        hidden.shape[-1], ring.shape[-1], SCALE, OFFSET, *values.stride()[:2],
         heads=heads, dim=dim, block=BLOCK, unit=UNIT // anchor.itemsize,
         size_padded=triton.next_power_of_2(hidden.shape[-1]),
     )  # fmt: skip
@@ -273,8 +277,8 @@ def _attend(
     out = torch.empty_like(query)
     _split[heads, splits](
         query, new_keys, new_values, anchor, table, lengths, free, partial, tops[0], tops[1], value_offset, width,
-        splits, scale * LOG2E,
-        group=group, group_padded=max(triton.next_power_of_2(group), 16), dim=dim, block=BLOCK,
+        splits, scale * LOG2E, *new_values.stride()[:2],
+        heads=lengths.shape[-1], group=group, group_padded=max(triton.next_power_of_2(group), 16), dim=dim, block=BLOCK,
         unit=UNIT // anchor.itemsize, size=SPLIT, tile=TILE, new=new, num_warps=4, num_stages=3,
     )  # fmt: skip
     _merge[heads, group](

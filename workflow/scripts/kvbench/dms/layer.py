@@ -91,8 +91,10 @@ class Layer:
         self.chunks.append(chunk)
 
     def widen(self, blocks: int) -> None:
-        """Give the table entries for this many blocks a head, at least."""
-        self.table = torch.nn.functional.pad(self.table, (0, max(blocks - self.table.shape[-1], 0)))
+        """Give the table entries for this many blocks a head, at least; one that has them stays the tensor it is."""
+        more = blocks - self.table.shape[-1]
+        if more > 0:
+            self.table = torch.nn.functional.pad(self.table, (0, more))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, evict: torch.Tensor) -> None:
         """Take one token, [batch, KV heads, 1, head_dim], and its word on the token before it, bool [batch, KV heads].
