@@ -62,7 +62,9 @@ def prefill(job: Job, workload: Path) -> None:
             return measure.prefill_article(ready.model, batch, ready.method, effort)
         engine = engines.engine(job.protocol["engine"], batch.input_ids.device)
         facts["engine"] = engine.name
-        return measure.prefill_standard(ready.model, batch, ready.method, effort, engine, _watch(batch))
+        record = measure.prefill_standard(ready.model, batch, ready.method, effort, engine, _watch(batch))
+        _must_be_as_counted(job, ready.model, batch, record["repeats"][-1]["kv_cache_bytes"])
+        return record
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
         record = {
@@ -141,6 +143,14 @@ def _must_be_tried(job: Job, facts: dict[str, Any], workload: Path) -> None:
             continue
         if all(other[name] <= sizes[name] for name in SIZES):
             raise MemoryError(f"{NOT_TRIED}: {file.stem}, which is no larger, ran out of memory on this device")
+
+
+def _must_be_as_counted(job: Job, model: Any, batch: Any, live_bytes: int) -> None:
+    """Fail the cell where its cache has other bytes than its kept tokens should take, in closed form."""
+    from kvbench import architecture, kept
+
+    config, (rows, tokens) = architecture.describe(model.config), batch.input_ids.shape
+    kept.check_cache(live_bytes, config, job.variant["spec"], rows, tokens, model.dtype.itemsize)
 
 
 def _outcome(file: Path) -> tuple[str, str, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """How decode runs: transformers' eager forward, or one captured step over a packed cache."""
 
+from collections.abc import Collection
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -110,7 +112,7 @@ class Packed:
         mark()
         prefilled(cache)
         packed.check_cache(model, cache)
-        position = method.next_position(input_ids.shape[1], cache)
+        position = torch.full_like(token, method.next_position(input_ids.shape[1], cache))
         if self.state is None or self.state.tokens.shape[1] != new_tokens or not self.state.cache.fits(cache):
             self.state = None  # its memory goes first
             self.state = _State(model, fused, method, method.pack(cache, new_tokens), token, new_tokens, self.compiled)
@@ -124,9 +126,47 @@ class Packed:
     def again(self) -> int | None:
         if self.state is None:
             return None
-        self.state.start(self.state.tokens[:, :1].clone(), self.state.first_position)
+        self.state.start(self.state.tokens[:, :1].clone(), self.state.first_position.clone())
         self.state.decode(lambda: None)
         return self.state.tokens.shape[1] - 1
+
+
+LOOK_EVERY = 8
+"""Steps between two looks of the host at whether all rows have ended."""
+
+
+@torch.no_grad()
+def decode_together(
+    model: Any,
+    first: list[torch.Tensor],
+    caches: list[Any],
+    positions: list[int],
+    new_tokens: int,
+    stop: Collection[int],
+) -> torch.Tensor:
+    """Go on from several prefills at once, each of any length: greedy, until every row has ended.
+
+    Parameters
+    ----------
+    first : the first new token of each prefill's rows, int64 [rows, 1].
+    caches : what each left: plain keys and values, as `packed.check_cache` demands.
+    positions : of those first tokens.
+
+    Returns
+    -------
+    int64 [all rows, at most ``new_tokens``]; what follows a row's end is of no use.
+    """
+    places = [torch.full_like(token, position) for token, position in zip(first, positions, strict=True)]
+    together, token = packed.Together(caches), torch.cat(first)
+    cache = packed.PackedCache(together, new_tokens, together.lengths)
+    state = _State(model, None, Dense(), cache, token, new_tokens, compiled=False)
+    state.start(token, torch.cat(places))
+    endings = torch.tensor(sorted(stop), dtype=torch.long, device=token.device)
+    for done in range(1, new_tokens):
+        if stop and done % LOOK_EVERY == 0 and bool(torch.isin(state.tokens[:, :done], endings).any(1).all()):
+            return state.tokens[:, :done]
+        state.decode(lambda: None, steps=1)
+    return state.tokens
 
 
 class _State:
@@ -135,7 +175,7 @@ class _State:
     def __init__(
         self,
         model: Any,
-        fused: Fused,
+        fused: Fused | None,
         method: Dense,
         cache: Any,
         token: torch.Tensor,
@@ -144,27 +184,31 @@ class _State:
     ) -> None:
         rows, device = len(token), token.device
         self.model, self.fused, self.method, self.cache = model, fused, method, cache
-        self.first_position = 0
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.first_position = torch.zeros_like(self.position)
         self.tokens = torch.zeros(rows, new_tokens, dtype=torch.long, device=device)
         self.forward = model.forward
         if compiled:
             self.forward = torch.compile(model.forward, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def start(self, token: torch.Tensor, position: int) -> None:
-        """Begin again after the prompt: its first new token, and that token's position."""
-        self.first_position = position
+    def start(self, token: torch.Tensor, position: torch.Tensor) -> None:
+        """Begin again after the prompts: their first new tokens and these tokens' positions, each int64 [rows, 1]."""
+        self.first_position.copy_(position)
         self.cache.rewind()
         self.token.copy_(token)
         self.tokens[:, :1].copy_(token)
-        self.position.fill_(position)
+        self.position.copy_(position)
 
-    def decode(self, mark: Mark) -> None:
-        """Decode all tokens after the first, calling ``mark`` after each."""
-        with self.method.steps(self.model), self.fused.norms_applied(), self.fused.projections_applied():
-            for _ in range(self.tokens.shape[1] - 1):
+    def decode(self, mark: Mark, steps: int | None = None) -> None:
+        """Decode all tokens after the first, or so many, calling ``mark`` after each."""
+        with ExitStack() as stack:
+            stack.enter_context(self.method.steps(self.model))
+            if self.fused is not None:
+                stack.enter_context(self.fused.norms_applied())
+                stack.enter_context(self.fused.projections_applied())
+            for _ in range(self.tokens.shape[1] - 1 if steps is None else steps):
                 self._advance()
                 mark()
 
@@ -195,7 +239,7 @@ class _State:
 
     def _capture(self) -> None:
         """Run the step twice aside, so that kernels are chosen and compiled; capture it; and start over."""
-        token, position = self.token.clone(), int(self.position)
+        token, position = self.token.clone(), self.position.clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

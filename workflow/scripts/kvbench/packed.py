@@ -7,6 +7,7 @@ shapes never change, and on a GPU it is replayed as one CUDA graph.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,6 +66,35 @@ class PackedLayer:
         self.keys[:, :, : self.kept].copy_(layer.keys)
         self.values[:, :, : self.kept].copy_(layer.values)
         layer.keys = layer.values = None
+
+
+class Together:
+    """Compressed caches of several batches as one: rows behind each other, the shorter ones padded at their end.
+
+    Attributes
+    ----------
+    layers : with ``keys`` and ``values``, [all rows, KV heads, the most kept of any, head_dim].
+    lengths : for each layer int64 [all rows, KV heads], how many of these slots are kept tokens.
+    """
+
+    def __init__(self, caches: list[Any]) -> None:
+        self.layers: list[Any] = []
+        self.lengths: list[torch.Tensor] = []
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            kept = [layer.keys.shape[2] for layer in layers]
+            keys, values = (
+                torch.cat([_padded(getattr(layer, name), max(kept)) for layer in layers]) for name in ("keys", "values")
+            )
+            self.layers.append(SimpleNamespace(keys=keys, values=values))
+            counts = [
+                layer.keys.new_full(layer.keys.shape[:2], count, dtype=torch.long)
+                for layer, count in zip(layers, kept, strict=True)
+            ]
+            self.lengths.append(torch.cat(counts))
+
+
+def _padded(tensor: torch.Tensor, slots: int) -> torch.Tensor:
+    return functional.pad(tensor, (0, 0, 0, slots - tensor.shape[2]))
 
 
 class PackedCache:

@@ -1,8 +1,8 @@
 """Prompts of different lengths, batched so that each gets the tokens that it would get alone.
 
-No press reads a padding mask: pads are scored, kept and attended to as if they were text. So prompts are batched with
-others of exactly their length, where no pad is needed, and a method whose rows depend on one another takes them one
-at a time.
+No press reads a padding mask: pads are scored, kept and attended to as if they were text. So prompts are read with
+others of exactly their length, where no pad is needed, and by a method whose rows depend on one another one at a time.
+What is left in their caches can then be decoded together: each row's slots that hold nothing are hidden from it.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvbench import decode
+from kvbench import decode, engines, packed
 from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
@@ -46,16 +46,22 @@ def generate_rows(
     """
     found: dict[int, Row | Unsupported] = {}
     groups = equal_lengths([(len(prompt),) for prompt in prompts], method)
+    waiting: list[_Prefilled] = []
     for group in tqdm(groups, desc="prompts", unit="batch", mininterval=1.0):
         ids = torch.tensor([list(prompts[place]) for place in group], device=model.device)
         try:
-            decoded = decode.generate(model, ids, method, new_tokens, stop=stop)
+            if prefilled := _prefilled(model, ids, method, group):
+                waiting.append(prefilled)
+            else:
+                decoded = decode.generate(model, ids, method, new_tokens, stop=stop)
+                freed = _freed(model, decoded.cache, len(group), ids.shape[1] + decoded.tokens.shape[1] - 1)
+                found |= _answered(group, decoded.tokens, stop, freed)
         except Unsupported as error:
             found |= dict.fromkeys(group, error)
-            continue
-        freed = _freed(model, ids, decoded)
-        rows = [Row(until_end(tokens, stop), freed) for tokens in decoded.tokens.tolist()]
-        found |= dict(zip(group, rows, strict=True))
+        if sum(len(each.places) * each.length for each in waiting) >= TOKENS_AT_ONCE:
+            found |= _together(model, waiting, new_tokens, stop)
+            waiting = []
+    found |= _together(model, waiting, new_tokens, stop)
     return [found[place] for place in range(len(prompts))]
 
 
@@ -95,6 +101,51 @@ def until_end(tokens: list[int], stop: Collection[int]) -> list[int]:
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in stop), tokens)
 
 
-def _freed(model: Any, prompts: torch.Tensor, decoded: decode.Decoded) -> bool:
-    rows, tokens = prompts.shape[0], prompts.shape[1] + decoded.tokens.shape[1] - 1
-    return cache_bytes(decoded.cache).allocated < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
+@dataclass(frozen=True)
+class _Prefilled:
+    """A batch of equal lengths after its prefill: which prompts, their length, the first token, the cache."""
+
+    places: list[int]
+    length: int
+    first: torch.Tensor
+    cache: Any
+    position: int
+    freed: bool
+
+
+def _prefilled(model: Any, ids: torch.Tensor, method: Dense, places: list[int]) -> _Prefilled | None:
+    """The prefill of a batch that can then be decoded together with others; None if it must be decoded by itself."""
+    if not method.packs:
+        return None
+    first, cache = decode.prefill(model, ids, method)
+    try:
+        packed.check(model)
+        packed.check_cache(model, cache)
+    except Unsupported:
+        return None
+    if not all(torch.is_tensor(getattr(layer, "keys", None)) for layer in cache.layers):
+        return None  # a cache of the method's own kind
+    position = method.next_position(ids.shape[1], cache)
+    return _Prefilled(places, ids.shape[1], first, cache, position, _freed(model, cache, *ids.shape))
+
+
+def _together(
+    model: Any, waiting: list[_Prefilled], new_tokens: int, stop: Collection[int]
+) -> dict[int, Row | Unsupported]:
+    """Answers of several prefilled batches, decoded as one."""
+    if not waiting:
+        return {}
+    firsts, caches, positions = zip(*((each.first, each.cache, each.position) for each in waiting), strict=True)
+    tokens = engines.decode_together(model, list(firsts), list(caches), list(positions), new_tokens, stop)
+    found: dict[int, Row | Unsupported] = {}
+    for each, own in zip(waiting, tokens.split([len(each.places) for each in waiting]), strict=True):
+        found |= _answered(each.places, own, stop, each.freed)
+    return found
+
+
+def _answered(places: list[int], tokens: torch.Tensor, stop: Collection[int], freed: bool) -> dict[int, Row]:
+    return {place: Row(until_end(row, stop), freed) for place, row in zip(places, tokens.tolist(), strict=True)}
+
+
+def _freed(model: Any, cache: Any, rows: int, tokens: int) -> bool:
+    return cache_bytes(cache).allocated < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
