@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from kvbench import errors, workload
+from kvbench import errors, isolate, workload
 
 
 def main() -> None:
@@ -24,14 +25,16 @@ def main() -> None:
     request = workload.Request(
         options.batch_size, options.prompt_tokens, options.new_tokens, options.padding, options.seed
     )
-    workload.run(
-        options.model_manifest,
-        options.prompts,
-        options.dataset_manifest,
-        request,
-        options.output,
-        options.provenance,
+    inputs = (options.model_manifest, options.prompts, options.dataset_manifest)
+    # within a run the tokenizers' library is imported already, in the process that its jobs are forked from
+    isolate.isolated(
+        lambda: errors.cli(lambda: workload.run(*inputs, request, options.output, options.provenance)), died
     )
+
+
+def died(reason: str) -> None:
+    """End as the child did: a batch has no row for a failure."""
+    sys.exit(f"{reason} while the batch was made")
 
 
 if __name__ == "__main__":
