@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,7 @@ def inside(run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     import datasets
 
     monkeypatch.chdir(run)
+    monkeypatch.setattr(tempfile, "tempdir", str(run))  # a device's lock of its own: nothing is timed here
     monkeypatch.setattr(harness, "TaskManager", partial(TaskManager, include_defaults=False))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(run / "cache"))
     shutil.copytree(DATA, run, dirs_exist_ok=True)
