@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+import dms_reference
 import tiny
 import tinyrun
-from kvbench import config, harness, methods, sources
+from kvbench import config, harness, methods, rows, sources
 from kvbench.decode import continue_from, prefill
+from kvbench.dms import evict
 from kvbench.errors import UserError
 from kvbench.lm_eval_model import CompressedLM
 
@@ -97,6 +100,28 @@ def test_continuations_of_a_shared_prompt_do_not_see_each_other(tokenizer: Any, 
     lm = compressed(tokenizer, spec)
     assert likelihoods(lm, pairs) == alone and len(lm.kept) == 1
     assert likelihoods(lm, pairs[::-1]) == alone[::-1]
+
+
+@pytest.fixture
+def dms(tokenizer: Any, tmp_path: Path) -> CompressedLM:
+    evict.save(dms_reference.heads(0.3, 12), tmp_path)
+    method = methods.build({"dms": {"adapter": str(tmp_path)}})
+    return CompressedLM(deepcopy(tiny.model()), tokenizer, method, None)
+
+
+def test_dms_answers_as_it_does_elsewhere(tokenizer: Any, dms: CompressedLM) -> None:
+    ids = tokenizer.encode(TEXT)
+    (expected,) = rows.generate_rows(dms.model, [ids], dms.method, 20, dms.ends)
+    assert isinstance(expected, rows.Row)
+    (found,) = dms.generate_until(asked("generate_until", [(TEXT, {"max_gen_toks": 20})]))
+    assert found == tokenizer.decode(expected.tokens, skip_special_tokens=True)
+    assert 0 < dms.kept[0].fraction < 0.9 and not dms.kept[0].simulated
+
+
+def test_dms_scores_continuations_of_a_shared_prompt_and_of_none(dms: CompressedLM) -> None:
+    pairs = [*PAIRS[:3], ("", "a press throws")]
+    alone = [likelihoods(dms, [pair])[0] for pair in pairs]
+    assert likelihoods(dms, pairs) == alone
 
 
 @pytest.mark.parametrize("marker", [None, MARKER], ids=["query-aware", "question apart"])

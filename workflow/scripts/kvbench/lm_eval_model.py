@@ -5,7 +5,8 @@ so that no token of an answer is predicted from the full cache. Query-aware, the
 otherwise it begins with the question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ class CompressedLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
-        Continuations of the same context share its compressed cache.
+        Continuations of the same context share the work of its first part.
         """
         shared: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for place, ((context, _), ids, _) in enumerate(requests):
@@ -113,12 +114,10 @@ class CompressedLM(TemplateLM):
         for (context, ids), places in tqdm(shared.items(), desc="loglikelihood", disable=disable_tqdm):
             longest = max(len(requests[place][2]) for place in places)
             first, rest = self._split(context, list(ids), self.max_length + 1 - longest)
-            cache, position = self._compressed([first])
-            for place in places:
+            for place, (cache, position) in zip(places, self._copies(first, len(places)), strict=True):
                 continuation = requests[place][2]
-                own = deepcopy(cache) if len(places) > 1 else cache
                 read = torch.tensor([rest + continuation[:-1]], device=self.device)
-                logits = self._follow(own, read, position)[0, -len(continuation) :].float()
+                logits = self._follow(cache, read, position)[0, -len(continuation) :].float()
                 target = torch.tensor(continuation, device=self.device)
                 likelihood = logits.log_softmax(-1).gather(-1, target[:, None]).sum()
                 found[place] = (float(likelihood), bool((logits.argmax(-1) == target).all()))
@@ -182,7 +181,7 @@ class CompressedLM(TemplateLM):
     def _compressed(self, prompts: Sequence[list[int]]) -> tuple[Any, int]:
         """The cache of prompts of equal lengths, compressed, and the position of the token after them."""
         if not prompts[0]:
-            return DynamicCache(config=self.model.config), 0
+            return self.method.cache(self.model), 0
         ids = torch.tensor(prompts, device=self.device)
         try:
             _, cache = prefill(self.model, ids, self.method)
@@ -194,10 +193,22 @@ class CompressedLM(TemplateLM):
         self.kept += [kept(self.model, cache, *ids.shape)] * len(prompts)
         return cache, self.method.next_position(ids.shape[1], cache)
 
+    def _copies(self, prompt: list[int], count: int) -> Iterator[tuple[Any, int]]:
+        """What `_compressed` gives for a prompt, ``count`` times."""
+        cache, position = self._compressed([prompt])
+        for _ in range(count - 1):
+            if isinstance(cache, DynamicCache):
+                yield deepcopy(cache), position
+            else:  # one of its own kind may hold addresses, which a copy would share
+                yield self._compressed([prompt])
+        yield cache, position
+
     def _follow(self, cache: Any, ids: torch.Tensor, position: int) -> torch.Tensor:
         """Logits at tokens read after a cache, [batch, tokens, vocabulary]; where it is empty they are the prompt."""
         if position == 0:
-            return self.model(ids, past_key_values=cache, use_cache=True).logits
+            # what acts while decoding has to see its prompt; the others would compress the question
+            with self.method.prefill(self.model) if self.method.acts_while_decoding else nullcontext():
+                return self.model(ids, past_key_values=cache, use_cache=True).logits
         return continue_from(self.model, cache, ids, self.method, position)
 
     def _answers(self, prompts: Sequence[_Prompt]) -> list[list[int]]:
