@@ -11,7 +11,7 @@ import report_fixture as fixture
 from matplotlib import pyplot as plt
 
 from kvbench import plots, roofline_plot
-from kvbench.results import COLOURS, PAPER
+from kvbench.results import COLOURS, INK, MUTED, PAPER
 
 SVG = "{http://www.w3.org/2000/svg}"
 H100 = {"copy_bytes_per_s": 2.94e12, "matmul_flops_per_s": 7.1e14, "device": fixture.GPU, "dtype": "torch.bfloat16"}
@@ -81,6 +81,14 @@ def test_no_text_overlaps_or_leaves_the_page(name: str) -> None:
 def test_every_workload_has_both_its_labels(name: str, workloads: int) -> None:
     found = [text for text, *_ in texts(CASES[name])]
     assert sum(", prefill " in text for text in found) == sum(", decode " in text for text in found) == workloads
+
+
+def test_every_text_is_in_an_ink_that_follows_dark_mode() -> None:
+    with plt.rc_context(plots.STYLE):
+        figure = roofline_plot.roofline(CASES["default"])
+        found = [text for text in figure.findobj(plt.Text) if text.get_text().strip()]
+        plt.close(figure)
+    assert {text.get_color() for text in found} == {INK, MUTED}
 
 
 def test_a_label_says_how_much_of_the_possible_was_reached() -> None:

@@ -243,14 +243,14 @@ def _scales(axes: Axes, marks: Sequence[Mark], roofs: Sequence[Roof]) -> None:
     axes.set_ylim(_padded(up, 0.12, 0.1))
     axes.set_facecolor("none")
     axes.spines[:].set_visible(False)
-    axes.tick_params(which="both", length=0, labelsize=8)
+    axes.tick_params(length=0, labelsize=8, labelcolor=INK)
     axes.grid(color=FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.minorticks_off()
     across, up = _decades(*axes.get_xlim()), _decades(*axes.get_ylim())
     axes.set_xticks(across, [f"{value:,.10g}" for value in across])
     axes.set_yticks(up, [si(value, "FLOP/s") for value in up])
-    axes.set_xlabel("FLOP for each byte", fontsize=8, loc="left")
+    axes.set_xlabel("FLOP for each byte", fontsize=8, loc="left", color=INK)
 
 
 def _decades(low: float, high: float) -> list[float]:
