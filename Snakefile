@@ -15,6 +15,7 @@ include: "workflow/rules/fetch.smk"  # models, dataset  -> models/*/manifest.jso
 include: "workflow/rules/prompts.smk"  # dataset          -> prompts/*.parquet, workloads/*/*.parquet
 include: "workflow/rules/measure.smk"  # device, a cell   -> device/rates.json; prefill/*.json, generation/*.parquet; outputs/*.parquet
 include: "workflow/rules/quality.smk"  # a variant        -> windows/*.parquet, quality/*/*.parquet
+include: "workflow/rules/retrieval.smk"  # a variant        -> retrieval/*/*.parquet
 include: "workflow/rules/stats.smk"  # every job        -> measurements, stats, quality
 include: "workflow/rules/plots.smk"  # stats            -> plots/*.svg, *.png
 include: "workflow/rules/report.smk"  # everything       -> report.html

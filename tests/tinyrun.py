@@ -31,22 +31,27 @@ def chats(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
     return [conversation(i) for i in range(count)]
 
 
-def save_model(folder: Path) -> None:
-    """A Llama of 3 layers with random weights and a byte-level tokenizer trained on the chats' words."""
+def tokenizer(texts: list[str], pieces: int) -> Any:
+    """A byte-level tokenizer of ``pieces`` pieces trained on texts, with `TEMPLATE`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=pieces, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trained.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def save_model(folder: Path) -> None:
+    """A Llama of 3 layers with random weights and a tokenizer trained on the chats' words."""
     import tiny
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=310, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 20, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
+    tokenizer([" ".join(WORDS)] * 20, 310).save_pretrained(folder)
     model = tiny.model()
     model.save_pretrained(folder)
 

@@ -118,12 +118,40 @@ def generate(
     if prefilled is not None:
         prefilled(cache)
     position = method.next_position(input_ids.shape[1], cache)
+    return Decoded(_steps(model, cache, tokens, method, position, mark, stop), cache)
+
+
+@torch.no_grad()
+def answer(
+    model: Any, cache: Any, ids: torch.Tensor, method: Dense, position: int, new_tokens: int, stop: Collection[int] = ()
+) -> torch.Tensor:
+    """Greedy decoding after given tokens that are read over a compressed cache.
+
+    Parameters
+    ----------
+    cache, ids, position : as `continue_from` takes them.
+    new_tokens, stop : as `generate` takes them.
+
+    Returns
+    -------
+    The new tokens, int64 [batch, new tokens].
+    """
+    tokens = torch.empty(ids.shape[0], new_tokens, dtype=torch.long, device=ids.device)
+    tokens[:, :1] = continue_from(model, cache, ids, method, position)[:, -1:].argmax(-1)
+    return _steps(model, cache, tokens, method, position + ids.shape[1], _nothing, stop)
+
+
+def _steps(
+    model: Any, cache: Any, tokens: torch.Tensor, method: Dense, position: int, mark: Mark, stop: Collection[int]
+) -> torch.Tensor:
+    """Decode after the first new token, which is in ``tokens`` [batch, most new tokens] and stands at ``position``."""
+    token = tokens[:, :1]
     position_ids = torch.full_like(token[:1], position)
-    endings = torch.tensor(sorted(stop), device=input_ids.device)
+    endings = torch.tensor(sorted(stop), device=tokens.device)
     ended = torch.isin(token, endings)
     length = 1
     with method.decoding(model):
-        while length < new_tokens and not (len(stop) and bool(ended.all())):
+        while length < tokens.shape[1] and not (len(stop) and bool(ended.all())):
             logits = model(token, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
             tokens[:, length : length + 1] = token
@@ -132,7 +160,7 @@ def generate(
             position_ids = position_ids + 1
             if len(stop):
                 ended |= torch.isin(token, endings)
-    return Decoded(tokens[:, :length], cache)
+    return tokens[:, :length]
 
 
 @torch.no_grad()

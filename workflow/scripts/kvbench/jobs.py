@@ -70,7 +70,7 @@ def run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., No
         with devices.exclusive() as device:
             facts |= devices.describe(device) | {"torch_device": str(device)}
             begun = time.perf_counter()
-            status, reason, result = _attempt(lambda: work(facts))
+            status, reason, result = attempt(lambda: work(facts))
             elapsed = time.perf_counter() - begun
             facts["work_s"] = elapsed - facts["load_s"] - (facts["import_s"] - imported)
         if reason is not None:
@@ -83,7 +83,8 @@ def run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., No
     )
 
 
-def _attempt(work: Callable[[], Any]) -> tuple[str, str | None, Any]:
+def attempt(work: Callable[[], Any]) -> tuple[str, str | None, Any]:
+    """Status, reason (None when ok) and result (None when not ok) of a piece of work; a `UserError` goes through."""
     import torch
 
     try:
