@@ -9,7 +9,7 @@ import torch
 
 import dms_reference
 import tiny
-from kvbench import engines, methods
+from kvbench import engines, methods, rows
 from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.decode import generate, prefill
 from kvbench.dms import evict
@@ -80,6 +80,15 @@ def test_decoding_once_more_is_as_much_work_and_stays_in_its_blocks(adapter: Pat
         for layer in first.cache.layers:
             assert bool((layer.lengths <= 16 * layer.blocks).all()) and bool((layer.position == 80 + 89).all())
     assert engine.generate(model, ids, dms, 90, nothing, nothing).tokens.tolist() == first.tokens.tolist()
+
+
+def test_prompts_of_different_lengths_get_the_tokens_that_each_gets_alone(adapter: Path) -> None:
+    model, dms = copy.deepcopy(tiny.model("Qwen3")), method(adapter)
+    prompts = [tiny.ids(1, tokens, tokens)[0].tolist() for tokens in (5, 70, 33, 70, 140)]
+    found = rows.generate_rows(model, prompts, dms, 25)
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert isinstance(answer, rows.Row)
+        assert [answer.tokens] == by_the_rule(model, torch.tensor([prompt]), 25)
 
 
 def test_bytes_are_freed_and_what_was_achieved_is_told(adapter: Path) -> None:

@@ -138,6 +138,7 @@ LOOK_EVERY = 8
 @torch.no_grad()
 def decode_together(
     model: Any,
+    method: Dense,
     first: list[torch.Tensor],
     caches: list[Any],
     positions: list[int],
@@ -149,7 +150,7 @@ def decode_together(
     Parameters
     ----------
     first : the first new token of each prefill's rows, int64 [rows, 1].
-    caches : what each left: plain keys and values, as `packed.check_cache` demands.
+    caches : what each left under the method; plain keys and values as `packed.check_cache` demands, or its own kind.
     positions : of those first tokens.
 
     Returns
@@ -157,9 +158,8 @@ def decode_together(
     int64 [all rows, at most ``new_tokens``]; what follows a row's end is of no use.
     """
     places = [torch.full_like(token, position) for token, position in zip(first, positions, strict=True)]
-    together, token = packed.Together(caches), torch.cat(first)
-    cache = packed.PackedCache(together, new_tokens, together.lengths)
-    state = _State(model, None, Dense(), cache, token, new_tokens, compiled=False)
+    token = torch.cat(first)
+    state = _State(model, None, method, method.join(caches, new_tokens), token, new_tokens, compiled=False)
     state.start(token, torch.cat(places))
     endings = torch.tensor(sorted(stop), dtype=torch.long, device=token.device)
     for done in range(1, new_tokens):

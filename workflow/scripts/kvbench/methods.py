@@ -64,6 +64,13 @@ class Dense:
 
         return PackedCache(cache, new_tokens)
 
+    def join(self, caches: list[Any], new_tokens: int) -> Any:
+        """The same of several batches' caches as one, rows behind each other, whatever their lengths."""
+        from kvbench.packed import PackedCache, Together
+
+        together = Together(caches)
+        return PackedCache(together, new_tokens, together.lengths)
+
     def steps(self, model: Any) -> AbstractContextManager[Any]:
         """Context of the decode steps over a packed cache."""
         from kvbench import packed

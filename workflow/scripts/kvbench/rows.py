@@ -59,9 +59,9 @@ def generate_rows(
         except Unsupported as error:
             found |= dict.fromkeys(group, error)
         if sum(len(each.places) * each.length for each in waiting) >= TOKENS_AT_ONCE:
-            found |= _together(model, waiting, new_tokens, stop)
+            found |= _together(model, method, waiting, new_tokens, stop)
             waiting = []
-    found |= _together(model, waiting, new_tokens, stop)
+    found |= _together(model, method, waiting, new_tokens, stop)
     return [found[place] for place in range(len(prompts))]
 
 
@@ -123,20 +123,18 @@ def _prefilled(model: Any, ids: torch.Tensor, method: Dense, places: list[int]) 
         packed.check_cache(model, cache)
     except Unsupported:
         return None
-    if not all(torch.is_tensor(getattr(layer, "keys", None)) for layer in cache.layers):
-        return None  # a cache of the method's own kind
     position = method.next_position(ids.shape[1], cache)
     return _Prefilled(places, ids.shape[1], first, cache, position, _freed(model, cache, *ids.shape))
 
 
 def _together(
-    model: Any, waiting: list[_Prefilled], new_tokens: int, stop: Collection[int]
+    model: Any, method: Dense, waiting: list[_Prefilled], new_tokens: int, stop: Collection[int]
 ) -> dict[int, Row | Unsupported]:
     """Answers of several prefilled batches, decoded as one."""
     if not waiting:
         return {}
     firsts, caches, positions = zip(*((each.first, each.cache, each.position) for each in waiting), strict=True)
-    tokens = engines.decode_together(model, list(firsts), list(caches), list(positions), new_tokens, stop)
+    tokens = engines.decode_together(model, method, list(firsts), list(caches), list(positions), new_tokens, stop)
     found: dict[int, Row | Unsupported] = {}
     for each, own in zip(waiting, tokens.split([len(each.places) for each in waiting]), strict=True):
         found |= _answered(each.places, own, stop, each.freed)

@@ -8,7 +8,7 @@ from typing import Any
 from kvbench import packed
 from kvbench.dms import adapter, evict
 from kvbench.dms.attention import ATTENTION
-from kvbench.dms.cache import CompactCache
+from kvbench.dms.cache import CompactCache, join
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 
@@ -77,6 +77,9 @@ class Dms(Dense):
     def pack(self, cache: CompactCache, new_tokens: int) -> CompactCache:
         cache.pack(new_tokens)
         return cache
+
+    def join(self, caches: list[CompactCache], new_tokens: int) -> CompactCache:
+        return self.pack(join(caches), new_tokens)
 
     def everywhere(self, model: Any) -> AbstractContextManager[Any]:
         raise Unsupported("DMS has a cache of its own, which the article's way of generating does not take")
