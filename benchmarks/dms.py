@@ -1,7 +1,7 @@
-"""What trained eviction is worth in time and memory on one GPU: random weights, random heads calibrated to a share.
+"""What trained eviction is worth in time and memory on one device, without training: random heads keep a wanted share.
 
-Prints a Markdown row for each engine and method: TTFT, TPOT with its spread, decode throughput, and the cache's bytes
-after the prompt. The baseline runs in the same process.
+Prints a Markdown row for each engine and method: TTFT, TPOT with its noise, decode throughput, the cache's bytes after
+the prompt, and the peak of a generation. The baseline runs in the same process, before the heads are attached.
 """
 
 import argparse
@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
 import torch
 import transformers
 
-from kvbench import engines, measure, methods, sources
+from kvbench import cells, engines, measure, methods, nvml, sources
+from kvbench import device as devices
 from kvbench.cache import cache_bytes
-from kvbench.decode import prefill
 from kvbench.dms import calibrate, evict
+from kvbench.intervals import noise
 from kvbench.loading import load_model
+from kvbench.manifest import load_manifest
 
 GIB = 2**30
 
@@ -31,51 +33,61 @@ GIB = 2**30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="Qwen/Qwen3-8B", help="an architecture that `random` knows")
+    parser.add_argument("--manifest", type=Path, help="a model's manifest, instead of random weights")
     parser.add_argument("--engine", nargs="+", default=["graph", "compile"])
     parser.add_argument("--workload", default="8x16384", help="batch x prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--factor", type=float, default=8, help="one token in so many is kept, the window's included")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6, help="at least; twice as many at most")
     options = parser.parse_args()
-    device = torch.device("cuda:0")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        source = {"random": options.shapes, "seed": 0}
-        manifest = sources.fetch_model("shapes", source, Path(folder) / "manifest.json")
-        model = load_model(manifest, "auto", "sdpa", device).model
+        loaded_from = options.manifest or Path(folder) / "manifest.json"
+        if options.manifest is None:
+            sources.fetch_model("shapes", {"random": options.shapes, "seed": 0}, loaded_from)
+        model = load_model(load_manifest(loaded_from), "auto", "sdpa", device).model
         rows, tokens = map(int, options.workload.split("x"))
-        ids = torch.randint(10, model.config.vocab_size, (rows, tokens), device=device)
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-        print("| engine | method | TTFT s | TPOT ms (least to most) | tokens/s | live GiB | allocated GiB | peak GiB |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+        generator = torch.Generator(device).manual_seed(0)
+        ids = torch.randint(10, model.config.vocab_size, (rows, tokens), device=device, generator=generator)
+        about = devices.describe(device)
+        print(f"{about['device']}, torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
+        print(f"{model.dtype}, {options.workload} + {options.new_tokens}\n")
+        print("| engine | method | TTFT s | TPOT ms | ± | tokens/s | live GiB | allocated GiB | peak GiB |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
         batch = measure.Batch(ids, None, options.new_tokens, 0)
-        for name in options.engine:  # the baseline first: heads stay attached
+        for name in options.engine:
             row(model, batch, methods.Dense(), "none", name, options.repeats)
         keep = calibrate.share(options.factor, tokens, options.window)
         evict.save(calibrate.random_heads(model, options.window, keep, ids[:1]), Path(folder))
         dms = methods.build({"dms": {"adapter": folder}})
         for name in options.engine:
-            row(model, batch, dms, f"DMS {options.factor:g}x, window {options.window}", name, options.repeats)
+            row(model, batch, dms, f"DMS {options.factor:g}, window {options.window}", name, options.repeats)
 
 
 def row(model: Any, batch: measure.Batch, method: Any, label: str, name: str, repeats: int) -> None:
     """Measure one method in one engine and print its row."""
-    with torch.no_grad():
-        _, cache = prefill(model, batch.input_ids, method)
-        held = cache_bytes(cache)
-        del cache
-    engine = engines.engine(name, batch.input_ids.device)
-    runs = list(measure.generation_standard(model, batch, method, measure.Effort(repeats, 2), engine))
-    tpot = sorted(run["tpot_s"] for run in runs)
-    print(
-        f"| {name} | {label} | {median(run['ttft_s'] for run in runs):.3f} | {median(tpot) * 1e3:.2f}"
-        f" ({tpot[0] * 1e3:.2f} to {tpot[-1] * 1e3:.2f}) | {median(run['decode_tokens_per_s'] for run in runs):,.0f}"
-        f" | {held.live / GIB:.3f} | {held.allocated / GIB:.3f} | {runs[0]['peak_generation_bytes'] / GIB:.2f} |",
-        flush=True,
-    )
+    device = batch.input_ids.device
+    engine, watch = engines.engine(name, device), nvml.Watch(nvml.connect(device))
+    held = cache_bytes(engine.prefill(model, batch.input_ids, method)[1])
+    effort = measure.Effort(repeats, 2 * repeats, cells.AUTO_SHARE[device.type], max_warmup_runs=3)
+    runs = measure.generation_standard(model, batch, method, effort, engine, watch)["repeats"]
+    tpot = [run["tpot_s"] for run in runs]
+    spread, peak = noise(tpot), runs[0]["peak_generation_bytes"]
+    found = [
+        f"{median(run['ttft_s'] for run in runs):.3f}",
+        f"{1e3 * median(tpot):.2f}",
+        "" if spread is None else f"{100 * spread:.2f}%",
+        f"{median(run['decode_tokens_per_s'] for run in runs):,.0f}",
+        f"{held.live / GIB:.3f}",
+        f"{held.allocated / GIB:.3f}",
+        "" if peak is None else f"{peak / GIB:.2f}",
+    ]
+    print(f"| {name} | {label} | {' | '.join(found)} |", flush=True)
     del engine
     gc.collect()
-    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
