@@ -31,7 +31,7 @@ def model(architecture: str = "Llama") -> Any:
     made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     for module in made.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            # all ones would give the keys of a model that norms them one length, and KnormPress only ties to choose from
+            # all ones would give keys that are normed one length, and KnormPress nothing but ties
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     return made
 

@@ -6,7 +6,7 @@ import pytest
 import report_fixture as fixture
 from matplotlib import pyplot as plt
 
-from kvbench import plots, words
+from kvbench import plots, sheets, words
 from kvbench.errors import UserError
 from kvbench.results import BASELINE_COLOUR, baseline_of, colours, read_rows
 
@@ -27,7 +27,7 @@ def texts(tree):
 
 def overlaps(cells, workload="chat"):
     """Pairs of texts whose boxes overlap, and texts that leave the page."""
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(sheets.STYLE):
         figure = plots.bars(cells, workload)
         figure.draw_without_rendering()
         found = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text.get_visible()]

@@ -10,7 +10,7 @@ import pytest
 import report_fixture as fixture
 from matplotlib import pyplot as plt
 
-from kvbench import plots, roofline_plot
+from kvbench import placing, roofline_plot, sheets
 from kvbench.results import COLOURS, INK, MUTED, PAPER
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -58,7 +58,7 @@ CASES = {
 
 
 def texts(cells: list[dict[str, Any]]) -> list[Any]:
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(sheets.STYLE):
         figure = roofline_plot.roofline(cells)
         figure.draw_without_rendering()
         found = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text.get_visible()]
@@ -110,10 +110,10 @@ def test_a_mark_stands_at_its_work_and_its_speed() -> None:
 
 def test_colours_that_begin_again_are_hollow() -> None:
     cells = h100(1, 12)
-    styles = roofline_plot._styles(cells)
+    styles = placing.styles(cells)
     assert len(set(styles.values())) == 12
     assert styles["press-8"] == (COLOURS[0], False)
-    assert roofline_plot._marker("o", *styles["press-8"])["markerfacecolor"] == PAPER
+    assert placing.marker("o", *styles["press-8"])["markerfacecolor"] == PAPER
 
 
 def test_what_has_no_mark_is_said() -> None:

@@ -1,22 +1,15 @@
 """The bar figure: peak memory, KV cache, throughput and TTFT of every variant on one workload."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from kvbench import files, words
+from kvbench import sheets, words
 from kvbench.errors import UserError
 from kvbench.results import (
     FAINT,
@@ -29,22 +22,10 @@ from kvbench.results import (
     read_rows,
     unique,
 )
+from kvbench.sheets import MARGIN, WIDTH, Sheet, text_width
 from kvbench.words import Row
 
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "kvbench",
-    "font.family": "sans-serif",
-    # The first is bundled with matplotlib, so a layout is the same everywhere; the rest are for the reader.
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
-    "font.size": 9,
-    "text.parse_math": False,
-    "text.color": INK,
-    "ytick.labelcolor": INK,
-    "hatch.linewidth": 0.6,
-}
-
-WIDTH, MARGIN, GAP = 12.6, 0.12, 0.28  # inches
+GAP, HEADING = 0.28, 0.42  # inches between panels, and over each
 BAR = 0.62  # of a row's height
 
 
@@ -68,18 +49,8 @@ def draw(stats: str | Path, workload: str, provenance: str, svg: str | Path, png
     if not any(row["workload"] == workload for row in rows):
         known = ", ".join(unique(row["workload"] for row in rows)) or "none"
         raise UserError(f"{stats} has no workload {workload!r}", f"Name one that it has: {known}")
-    with plt.rc_context(STYLE):
-        save(bars(rows, workload), provenance, svg, png)
-
-
-def save(figure: Figure, provenance: str, svg: str | Path, png: str | Path) -> None:
-    """Write a figure as SVG and PNG with its provenance (JSON) and nothing that changes between runs; close it."""
-    about = json.dumps(json.loads(provenance), sort_keys=True)
-    with files.atomic(svg) as path:
-        figure.savefig(path, format="svg", metadata={"Date": None, "Description": about})
-    with files.atomic(png) as path:
-        figure.savefig(path, format="png", dpi=160, metadata={"Software": None, "Description": about})
-    plt.close(figure)
+    with plt.rc_context(sheets.STYLE):
+        sheets.save(bars(rows, workload), provenance, svg, png)
 
 
 def bars(rows: Sequence[Row], workload: str) -> Figure:
@@ -95,24 +66,16 @@ def bars(rows: Sequence[Row], workload: str) -> Figure:
             "ttft_s",
         )
     ]
-    figure, left, top, notes = _page(lines, cells, rows)
-    height = figure.get_figheight()
-    bottom = 0.14 + 0.17 * len(notes)
-    width = (WIDTH - left - MARGIN - GAP * (len(panels) - 1)) / len(panels)
+    page, left = _page(lines, cells, rows)
+    top = page.top + HEADING
+    size = (WIDTH - left - MARGIN - GAP * (len(panels) - 1)) / len(panels), page.height - top - page.bottom
     palette = colours(rows)
     for index, panel in enumerate(panels):
-        axes = figure.add_axes(
-            (
-                (left + index * (width + GAP)) / WIDTH,
-                bottom / height,
-                width / WIDTH,
-                (height - top - bottom) / height,
-            )
-        )
+        axes = page.figure.add_axes(page.box(left + index * (size[0] + GAP), top, *size))
         _frame(axes, lines, named=index == 0)
         _panel(axes, panel, lines, palette)
-    _gaps(figure, lines, left, bottom, top)
-    return figure
+    _gaps(page, lines, page.box(left, top, WIDTH - left - MARGIN, size[1]))
+    return page.figure
 
 
 def _lines(rows: Sequence[Row], workload: str) -> list[Line]:
@@ -130,30 +93,18 @@ def _lines(rows: Sequence[Row], workload: str) -> list[Line]:
     return lines
 
 
-def _page(lines: Sequence[Line], cells: Sequence[Row], rows: Sequence[Row]) -> tuple[Figure, float, float, list[str]]:
-    """The empty page with its titles and notes: figure, left margin and top margin (inches), notes."""
+def _page(lines: Sequence[Line], cells: Sequence[Row], rows: Sequence[Row]) -> tuple[Sheet, float]:
+    """The empty page with its titles and notes, and its left margin (inches)."""
     first = cells[0]
     several = len(unique(row["model"] for row in cells)) > 1
-    facts = [listing for listing in _facts(cells) if listing]
-    figure = plt.figure(figsize=(WIDTH, 1), facecolor=PAPER)
-    figure.patch.set_gid("paper")
-    subtitle = wrap(figure, " · ".join(facts), fontsize=9)
-    notes = [part for note in _notes(cells, lines) for part in wrap(figure, note, fontsize=8)]
+    title = f"{first['workload']}: {words.workload_words(first)}"
     pitch = 0.33 if len(lines) <= 14 else 0.25
-    top = 0.36 + 0.19 * len(subtitle) + 0.42
-    height = top + pitch * len(lines) + 0.14 + 0.17 * len(notes)
-    figure.set_size_inches(WIDTH, height)
-
-    def write(text: str, inches_from_top: float, **style: Any) -> None:
-        figure.text(MARGIN / WIDTH, 1 - inches_from_top / height, text, va="top", **style)
-
-    write(f"{first['workload']}: {words.workload_words(first)}", 0.1, fontsize=12, fontweight="bold")
-    for index, part in enumerate(subtitle):
-        write(part, 0.36 + 0.19 * index, color=MUTED)
-    for index, note in enumerate(notes):
-        write(note, height - 0.06 - 0.17 * (len(notes) - index), color=MUTED, fontsize=8)
-    names = max(text_width(figure, line.text, fontsize=9, fontweight="bold" if several else "normal") for line in lines)
-    return figure, MARGIN + names + 0.12, top, notes
+    page = sheets.sheet(
+        title, " · ".join(fact for fact in _facts(cells) if fact), _notes(cells, lines), HEADING + pitch * len(lines)
+    )
+    weight = "bold" if several else "normal"
+    names = max(text_width(page.figure, line.text, fontsize=9, fontweight=weight) for line in lines)
+    return page, MARGIN + names + 0.12
 
 
 def _facts(cells: Sequence[Row]) -> list[str]:
@@ -192,25 +143,6 @@ def _notes(cells: Sequence[Row], lines: Sequence[Line]) -> list[str]:
     if simulated:
         notes.append(f"Hatched bar, simulated ({', '.join(simulated)}): masks only, frees no byte.")
     return notes
-
-
-def text_width(figure: Figure, text: str, **style: Any) -> float:
-    """Inches that ``text`` takes."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    ink = Text(0, 0, text, figure=figure, **style)
-    return float(ink.get_window_extent(renderer).width / figure.dpi)
-
-
-def wrap(figure: Figure, text: str, **style: Any) -> list[str]:
-    """Lines of ``text`` that fit the page's width."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and text_width(figure, longer, **style) <= WIDTH - 2 * MARGIN:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 def _frame(axes: Axes, lines: Sequence[Line], named: bool) -> None:
@@ -333,14 +265,11 @@ def _references(panel: Panel, lines: Sequence[Line]) -> None:
             panel.axes.plot([x, x], [first - 0.5, last + 0.5], **style)
 
 
-def _gaps(figure: Figure, lines: Sequence[Line], left: float, bottom: float, top: float) -> None:
+def _gaps(page: Sheet, lines: Sequence[Line], box: tuple[float, float, float, float]) -> None:
     """Say across all panels why a cell has no bars."""
-    height = figure.get_figheight()
-    width = WIDTH - left - MARGIN
-    box = (left / WIDTH, bottom / height, width / WIDTH, (height - top - bottom) / height)
-    axes = figure.add_axes(box, zorder=2)
+    axes = page.figure.add_axes(box, zorder=2)
     axes.set_axis_off()
-    axes.set_xlim(0, width)
+    axes.set_xlim(0, box[2] * WIDTH)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     for y, line in enumerate(lines):
         if line.row is not None and line.row["status"] != "ok":
