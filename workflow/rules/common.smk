@@ -53,6 +53,7 @@ localrules:
     quality_stats,
     bars,
     roofline,
+    quality_plots,
     report,
 
 
@@ -137,6 +138,15 @@ def quality_files(wildcards):
 def retrieval_files(wildcards):
     """What every variant still retrieves, if the config wants it."""
     return [f"{RESULTS}/retrieval/{v.model}/{v.method}.parquet" for v in VARIANTS if CONFIG.quality.retrieval.samples]
+
+
+def quality_figures(wildcards):
+    """The figures of quality that the config's settings give data for."""
+    if not any(has_tokenizer(v.source_of_tokens) for v in VARIANTS):
+        return []
+    names = ["kl-by-kept-fraction", "kl-by-distance"] * bool(CONFIG.quality.windows)
+    names += ["retrieval"] * bool(CONFIG.quality.retrieval.samples and CONFIG.quality.retrieval.tasks)
+    return [f"{RESULTS}/plots/{name}.svg" for name in names]
 
 
 def has_tokenizer(model):

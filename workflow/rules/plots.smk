@@ -1,4 +1,4 @@
-# What comes out, as figures.
+# What comes out, as figures: speed and memory, and quality.
 
 
 rule bars:
@@ -46,4 +46,30 @@ rule roofline:
         provenance=code("roofline"),
     shell:
         "kvbench roofline --stats {input.stats}"
+        " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"
+
+
+rule quality_plots:
+    input:
+        quality=rules.quality_stats.output.quality,
+    output:
+        svg=report(
+            f"{RESULTS}/plots/{{figure}}.svg",
+            caption="../report/quality.rst",
+            category="Quality",
+            labels={"figure": "{figure}"},
+        ),
+        png=f"{RESULTS}/plots/{{figure}}.png",
+    log:
+        f"{RESULTS}/logs/plots/{{figure}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/plots/{{figure}}.tsv"
+    wildcard_constraints:
+        figure="kl-by-kept-fraction|kl-by-distance|retrieval",
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        provenance=code("quality_plots"),
+    shell:
+        "kvbench quality_plots --quality {input.quality} --figure {wildcards.figure}"
         " --provenance {params.provenance:q} --output {output.svg} --png {output.png} 2>&1 | tee {log}"

@@ -1,0 +1,253 @@
+"""What a run's figures of quality allow one to say, in words."""
+
+from collections.abc import Iterable, Sequence
+
+from kvbench import words
+from kvbench.findings import Finding
+from kvbench.scores import FLOORS, TASKS, Scores
+from kvbench.verdicts import DECIDES, METRICS
+from kvbench.words import Row
+
+VERDICTS = {
+    "indistinguishable": "indistinguishable",
+    "better": "better",
+    "worse": "worse",
+    "collapsed": "collapsed",
+    "unknown": "not decided",
+}
+_FIGURES = {
+    "kl_mean": "KL",
+    "top1_agreement": "top-1 agreement",
+    "perplexity_ratio": "perplexity",
+    "collapsed": "collapsed texts",
+}
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def nats(value: float) -> str:
+    """Three digits; two and a power of ten below a thousandth: 0.0489 and 1.1 × 10⁻⁹."""
+    if value == 0 or abs(value) >= 0.001:
+        return words.number(value)
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits} × 10{str(int(power)).translate(_SUPERSCRIPTS)}"
+
+
+def percent(share: float) -> str:
+    """A share in whole percent; 0 and 100 only where none or all is meant."""
+    inner = min(max(round(100 * share), 1), 99)
+    return f"{inner if 0 < share < 1 else round(100 * share)}"
+
+
+def figure_name(row: Row) -> str:
+    """What a deciding figure is called within a sentence."""
+    return TASKS[row["slice"]].lower() if row["metric"] == "retrieval_accuracy" else _FIGURES[row["metric"]]
+
+
+def count_words(row: Row) -> str:
+    """``5 of 6`` from a share of observations."""
+    return f"{round(row['value'] * row['n'])} of {row['n']}"
+
+
+def verdict_words(scores: Scores, variant: Row) -> str:
+    """A variant's verdict in one or two words; what became of it where there is none."""
+    if scores.is_baseline(variant):
+        return "baseline"
+    if variant["status"] != "ok":
+        return words.STATUS_WORDS.get(variant["status"], str(variant["status"]))
+    return VERDICTS.get(variant["verdict"] or "", "no verdict")
+
+
+def tally_words(scores: Scores) -> str:
+    """How many variants got which verdict; "" where nothing was judged."""
+    found = [row["verdict"] for row in scores.variants if row["verdict"] is not None]
+    names = {
+        "indistinguishable": "indistinguishable from the baseline",
+        "better": "better than it",
+        "worse": "worse",
+        "collapsed": "collapsed",
+        "unknown": "not decided",
+    }
+    counts = [f"{found.count(verdict)} {name}" for verdict, name in names.items() if verdict in found]
+    variants = f"{len(found)} variant{'s' if len(found) != 1 else ''}"
+    return f"Quality of {variants}: {words.listing(counts)}." if counts else ""
+
+
+def price(scores: Scores, variant: str) -> str:
+    """What a variant's speed or size costs, as the end of a sentence; "" where nothing was judged."""
+    row = next((row for row in scores.variants if row["variant"] == variant), None)
+    if row is None or row["verdict"] is None:
+        return ""
+    evidence = _joined([_kl(scores, row), _retrieval(scores, row)])
+    texts = _collapsed(scores, row)
+    return {
+        "collapsed": f"; its texts collapsed ({_joined([texts, evidence])})",
+        "worse": f"; worse than the baseline in quality ({evidence or texts})",
+        "better": f"; better than the baseline in quality ({evidence})",
+        "indistinguishable": f"; indistinguishable from the baseline in quality ({evidence})",
+        "unknown": f"; whether that costs quality is not decided ({evidence or texts})",
+    }[row["verdict"]].replace(" ()", "")
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _kl(scores: Scores, variant: Row) -> str:
+    value = scores.value(variant["variant"], "kl_mean", "all")
+    return f"KL {nats(value)} nats" if value is not None else ""
+
+
+def _retrieval(scores: Scores, variant: Row) -> str:
+    """The task on which most is lost; one that the baseline fails has no verdict and says nothing."""
+    found = [scores.row(variant["variant"], "retrieval_accuracy", task) for task in scores.tasks]
+    judged = [row for row in found if row is not None and row["verdict"] is not None]
+    if not judged:
+        return ""
+    worst = min(judged, key=lambda row: float(row["difference"] or 0.0))
+    name = TASKS[worst["slice"]].lower()
+    return f"{name} {percent(worst['value'])}% against {percent(worst['baseline_value'])}%"
+
+
+def _collapsed(scores: Scores, variant: Row) -> str:
+    row = scores.row(variant["variant"], "collapsed", "outputs")
+    if row is None or row["baseline_value"] is None:
+        return ""
+    return f"{count_words(row)}, and {round(row['baseline_value'] * row['n'])} of the baseline’s"
+
+
+def findings(scores: Scores) -> list[Finding]:
+    """Which variants are as good as the baseline, which are not, and how they stand to pruning at random."""
+    judged = {verdict: _by_kl(scores, verdict) for verdict in VERDICTS}
+    found = [
+        ("Indistinguishable from the baseline", _named(scores, judged["indistinguishable"])),
+        ("Better than the baseline", _named(scores, judged["better"])),
+        ("Worse than the baseline", _named(scores, judged["worse"])),
+        ("Collapsed texts", _named(scores, judged["collapsed"])),
+        ("Not decided", _open(scores, judged["unknown"])),
+        ("Against pruning at random", "; ".join(_against_random(scores))),
+        ("Noise floor", "; ".join(_noise(scores))),
+        ("Too hard for the baseline", ", ".join(_failed(scores))),
+        ("Without figures", "; ".join(_gaps(scores))),
+    ]
+    return [Finding(about, f"{text.rstrip('.')}.") for about, text in found if text]
+
+
+def _by_kl(scores: Scores, verdict: str) -> list[Row]:
+    """The variants with a verdict, the least KL first."""
+    found = [row for row in scores.variants if row["verdict"] == verdict]
+    return sorted(found, key=lambda row: scores.value(row["variant"], "kl_mean", "all") or 0.0)
+
+
+def _named(scores: Scores, variants: Sequence[Row]) -> str:
+    """Each variant with its KL, the task on which it loses most, and its collapsed texts if it has collapsed."""
+    said = []
+    for row in variants:
+        texts = _collapsed(scores, row) if row["verdict"] == "collapsed" else ""
+        parts = _joined([texts, _kl(scores, row), _retrieval(scores, row)])
+        said.append(f"{_name(row)} ({parts or _clear(scores, row)})".replace(" ()", ""))
+    return "; ".join(said)
+
+
+def _clear(scores: Scores, variant: Row) -> str:
+    """The deciding figures that differ, for a variant with neither KL nor retrieval."""
+    rows = deciding(scores, variant)
+    return _joined(figure_name(row) for row in rows if row["verdict"] in ("better", "worse", "collapsed"))
+
+
+def _name(variant: Row) -> str:
+    return f"{variant['variant']}{' (simulated)' if variant.get('simulated') else ''}"
+
+
+def deciding(scores: Scores, variant: Row) -> list[Row]:
+    """The rows that decide on a variant."""
+    slices = {"retrieval_accuracy": scores.tasks, "collapsed": ["outputs"]}
+    found = [scores.row(variant["variant"], metric, part) for metric in DECIDES for part in slices.get(metric, ["all"])]
+    return [row for row in found if row is not None]
+
+
+def _open(scores: Scores, variants: Sequence[Row]) -> str:
+    """Each variant with what is not decided, or did not come out."""
+    texts = []
+    for variant in variants:
+        rows = [
+            row for row in deciding(scores, variant) if row["verdict"] == "unknown" and row["metric"] != "collapsed"
+        ]
+        about = [figure_name(row) for row in rows]
+        missing = [f"no {stage}" for stage in scores.gaps(variant["variant"])]
+        reasons = ([f"too few observations: {', '.join(about)}"] if about else []) + missing
+        texts.append(f"{_name(variant)} ({'; '.join(reasons)})" if reasons else _name(variant))
+    return ", ".join(texts)
+
+
+def _against_random(scores: Scores) -> list[str]:
+    """How variants stand to the control that keeps as many tokens, by the interval of each difference alone."""
+    told: dict[tuple[tuple[str, tuple[str, ...]], ...], list[str]] = {}
+    for variant in scores.variants:
+        ways: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+        for row in deciding(scores, variant):
+            if row["control_low"] is not None and row["metric"] in ("kl_mean", "retrieval_accuracy"):
+                ways[_way(row)].append(figure_name(row))
+        key = tuple((f"{way} {variant['control']}", tuple(names)) for way, names in ways.items() if names)
+        if key:
+            told.setdefault(key, []).append(_name(variant))
+    return [
+        f"{words.listing(names)}: {', '.join(f'{way} in {words.listing(list(figures))}' for way, figures in key)}"
+        for key, names in told.items()
+    ]
+
+
+def _way(row: Row) -> str:
+    low, high = row["control_low"], row["control_high"]
+    if low <= 0 <= high:
+        return "not told apart from"
+    return "ahead of" if (low > 0) == (METRICS[row["metric"]].better == "higher") else "behind"
+
+
+def _noise(scores: Scores) -> list[str]:
+    """The uncompressed cache's KL against itself, and how far above it the nearest variant lies."""
+    phrases = []
+    for variants in scores.families().values():
+        for variant in variants:
+            floors = scores.floors(variant["variant"], "all")
+            if not floors:
+                continue
+            texts = [f"{nats(row['value'])} nats in {FLOORS[row['reference']]}" for row in floors]
+            said = f"{_name(variant)} against itself has a KL of {words.listing(texts)}"
+            costs = {
+                other["variant"]: value
+                for other in variants
+                if other is not variant and (value := scores.value(other["variant"], "kl_mean", "all")) is not None
+            }
+            greatest = max(float(row["value"]) for row in floors)
+            if costs and greatest > 0:
+                least = min(costs, key=lambda label: costs[label])
+                times = words.number(costs[least] / greatest, 2)
+                said += f"; the least of the others, {least}’s, is {times} times the greater of these"
+            phrases.append(said)
+    return phrases
+
+
+def _failed(scores: Scores) -> list[str]:
+    """Tasks that a baseline fails, on which there is no verdict."""
+    margin = METRICS["retrieval_accuracy"].margin or 0.0
+    return [
+        f"{TASKS[task].lower()} ({percent(value)}% right for {variant['variant']})"
+        for variant in scores.variants
+        if scores.is_baseline(variant)
+        for task in scores.tasks
+        if (value := scores.value(variant["variant"], "retrieval_accuracy", task)) is not None and value <= margin
+    ]
+
+
+def _gaps(scores: Scores) -> list[str]:
+    """What did not come out and why, variants with the same reason together."""
+    told: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for variant in scores.variants:
+        for stage, row in scores.gaps(variant["variant"]).items():
+            key = str(row["status"]), str(row.get("status_reason") or "no reason recorded")
+            told.setdefault(key, {}).setdefault(variant["variant"], []).append(stage)
+    return [
+        f"{words.listing([f'{label} ({words.listing(stages)})' for label, stages in labels.items()])}:"
+        f" {words.STATUS_WORDS.get(status, status)}, {words.shorten(reason, 200)}"
+        for (status, reason), labels in told.items()
+    ]
