@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kvbench import quality_stats
+
 MODEL = "smollm2-135m"
 METHODS = ["baseline", "knorm-0.8", "snapkv-0.5", "adakv-snapkv-0.5", "expected-attention-0.5", "finch-0.5"]
 MEASURED = [
@@ -298,6 +300,12 @@ def _parquet(rows: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
+def _nothing(path: Path) -> Path:
+    """quality.parquet of a run that judged nothing."""
+    pq.write_table(quality_stats.QUALITY.empty_table(), path)
+    return path
+
+
 def _json(value: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), "utf-8")
@@ -313,6 +321,7 @@ def write(
     return {
         "stats": _parquet(cells, folder / "stats.parquet"),
         "measurements": _parquet(measurements(cells), folder / "measurements.parquet"),
+        "quality": _nothing(folder / "unjudged.parquet"),
         "outputs": [
             _parquet(rows, folder / f"outputs/{rows[0]['model']}/{rows[0]['method']}.parquet") for rows in texts
         ],

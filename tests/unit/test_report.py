@@ -285,14 +285,14 @@ def test_overlapping_intervals_are_no_finding():
     for cell in cells:
         if cell["decode_tokens_per_s"]:
             cell["decode_tokens_per_s_low"], cell["decode_tokens_per_s_high"] = 1.0, 100.0
-    assert findings.headline(cells, []).startswith("No variant decodes clearly faster than its baseline.")
+    assert findings.headline(cells, [], {}).startswith("No variant decodes clearly faster than its baseline.")
 
 
 def test_a_simulated_gain_is_called_so():
     cells = fixture.stats()
     for cell in cells:
         cell["simulated"] = cell["method"] == "knorm-0.8"
-    assert findings.headline(cells, []).startswith("knorm-0.8 (simulated) decodes 63% more")
+    assert findings.headline(cells, [], {}).startswith("knorm-0.8 (simulated) decodes 63% more")
 
 
 def test_long_texts_are_cut_with_a_count():

@@ -16,6 +16,7 @@ rule report:
         ),
         models=sorted({f"{RESULTS}/models/{v.model}/manifest.json" for v in VARIANTS}),
         plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads] + [rules.roofline.output.svg],
+        quality_plots=quality_figures,
         plan=rules.plan.output.plan,
     output:
         html=report(
@@ -37,6 +38,7 @@ rule report:
         ),
         outputs=lambda wildcards, input: (f"--outputs {input.outputs}" if input.outputs else ""),
     shell:
-        "kvbench report --stats {input.stats} --measurements {input.measurements} {params.outputs}"
-        " {params.prompts} --model-manifests {input.models} --plots {input.plots} --plan {input.plan}"
+        "kvbench report --stats {input.stats} --measurements {input.measurements} --quality {input.quality}"
+        " {params.outputs} {params.prompts} --model-manifests {input.models}"
+        " --plots {input.plots} {input.quality_plots} --plan {input.plan}"
         " --provenance {params.provenance:q} --output {output.html} 2>&1 | tee {log}"

@@ -1,6 +1,6 @@
 """What a run found, in sentences that its intervals support."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,7 +24,7 @@ class TextTally:
 
     ``way`` is how both were answered, "" where the run knows one way only. ``tokens`` is the median length of the
     common beginning, in tokens; None where the two variants' tokenizers may differ. ``shared`` is the mean share of
-    words in common.
+    words in common, ``collapsed`` counts texts.
     """
 
     model: str
@@ -36,6 +36,7 @@ class TextTally:
     tokens: float | None
     words: float
     shared: float
+    collapsed: int
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,14 @@ class Finding:
     text: str
 
 
-def headline(rows: Sequence[Row], tallies: Sequence[TextTally]) -> str:
-    """The run in one or two sentences; a difference is named only where the intervals do not overlap."""
+def headline(rows: Sequence[Row], tallies: Sequence[TextTally], prices: Mapping[str, str]) -> str:
+    """The run in one or two sentences; a difference is named only where the intervals do not overlap.
+
+    Parameters
+    ----------
+    prices : what a variant costs in quality, by its label, as the end of a sentence; where that was not judged, how
+        many of its texts are the baseline's stands instead.
+    """
     measured = [row for row in rows if row["status"] == "ok"]
     if not measured:
         counts = [
@@ -61,14 +68,17 @@ def headline(rows: Sequence[Row], tallies: Sequence[TextTally]) -> str:
         return f"{len(measured)} cells measured, none of them with a baseline to compare with."
     fastest = _best(pairs, "more")
     smallest = _best(pairs, "less", "kv_cache_bytes")
-    sentences = [_faster(*fastest, rows, tallies) if fastest else _none_faster(pairs)]
+
+    def price(row: Row) -> str:
+        return prices.get(str(row["variant"])) or _quality(row, tallies)
+
+    sentences = [_faster(*fastest, rows, price) if fastest else _none_faster(pairs)]
     if smallest is None:
         sentences.append("No variant frees a byte of the cache.")
     elif fastest is None or _key(smallest[0]) != _key(fastest[0]):
         row, _, change = smallest
         sentences.append(
-            f"No variant cuts the cache more than {_name(row)}"
-            f" ({change.words}{_where(row, rows)}){_quality(row, tallies)}."
+            f"No variant cuts the cache more than {_name(row)} ({change.words}{_where(row, rows)}){price(row)}."
         )
     return " ".join(sentences)
 
@@ -92,11 +102,11 @@ def verdict_counts(rows: Sequence[Row]) -> str:
     return f"{cells}: {words.listing(counts)}.{rule}" if verdicts else ""
 
 
-def _faster(row: Row, base: Row, change: Comparison, rows: Sequence[Row], tallies: Sequence[TextTally]) -> str:
+def _faster(row: Row, base: Row, change: Comparison, rows: Sequence[Row], price: Callable[[Row], str]) -> str:
     cache = words.compare(row, base, "kv_cache_bytes")
     return (
         f"{_name(row)} decodes {change.words} tokens a second than the baseline"
-        f"{_where(row, rows)}, with {_cache_words(cache)}{_quality(row, tallies)}."
+        f"{_where(row, rows)}, with {_cache_words(cache)}{price(row)}."
     )
 
 
@@ -142,7 +152,7 @@ def _where(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _quality(row: Row, tallies: Sequence[TextTally]) -> str:
-    """What the change costs in text, for no speed or size stands without its quality."""
+    """How many texts are the baseline's, where nothing else says what the change costs."""
     for tally in tallies:
         if (tally.model, tally.variant) == _key(row) and tally.prompts:
             count = "none" if tally.equal == 0 else f"{tally.equal}"
@@ -236,8 +246,8 @@ def padding_words(parted: Sequence[tuple[str, int, int]]) -> str:
     )
 
 
-def tally(model: str, variant: str, way: str, baseline: str, compared: Sequence[Compared]) -> TextTally:
-    """Sum up one variant's texts; ``compared`` has at least one."""
+def tally(model: str, variant: str, way: str, baseline: str, compared: Sequence[Compared], fallen: int) -> TextTally:
+    """Sum up one variant's texts, so many of them fallen into collapse; ``compared`` has at least one."""
     tokens = [pair.tokens for pair in compared if pair.tokens is not None]
     return TextTally(
         model=model,
@@ -249,4 +259,5 @@ def tally(model: str, variant: str, way: str, baseline: str, compared: Sequence[
         tokens=median(tokens) if len(tokens) == len(compared) else None,
         words=median(pair.difference.words for pair in compared),
         shared=sum(pair.difference.shared for pair in compared) / len(compared),
+        collapsed=fallen,
     )

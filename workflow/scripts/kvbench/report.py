@@ -11,15 +11,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvbench import conditions, files, findings, svg, tables, texts, words
+from kvbench import conditions, files, findings, quality_report, quality_words, scores, svg, tables, texts, words
 from kvbench.manifest import load_manifest
 from kvbench.results import (
     CELL_COLUMNS,
-    FAINT,
-    INK,
-    MUTED,
+    INKS,
     OUTPUT_COLUMNS,
-    PAPER,
     baseline_of,
     colours,
     device,
@@ -31,8 +28,6 @@ from kvbench.words import Row
 
 DATA = ("templates",)
 TEMPLATES = Path(__file__).parent / DATA[0]
-
-INKS = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 
 VERSIONS = ("torch", "transformers", "kvpress")
 # Shown in places of their own, or too long to be read.
@@ -54,6 +49,7 @@ class Inputs:
 
     stats: str
     measurements: str
+    quality: str
     outputs: Sequence[str]
     prompts_counts: str | None
     dataset_manifest: str | None
@@ -104,16 +100,20 @@ def context(inputs: Inputs) -> dict[str, Any]:
     models = [load_manifest(Path(path)) for path in inputs.model_manifests]
     tokenizers = {model.name: str(model.tokenizer) for model in models if model.tokenizer is not None}
     collected = texts.collect(outputs, rows, tokenizers)
+    judged = scores.read(inputs.quality)
     names = unique(row["workload"] for row in rows)
     made_by = _made_by(inputs)
     return {
-        "headline": findings.headline(rows, collected.tallies),
-        "verdicts": findings.verdict_counts(rows),
+        "headline": findings.headline(rows, collected.tallies, _prices(judged)),
+        "verdicts": " ".join(filter(None, [findings.verdict_counts(rows), quality_words.tally_words(judged)])),
         "models": models,
         "dataset": load_manifest(Path(inputs.dataset_manifest)) if inputs.dataset_manifest else None,
         "counts": files.read_json(inputs.prompts_counts) if inputs.prompts_counts else None,
         "facts": _facts(rows, made_by),
         "workloads": [_workload(rows, index, name, repeats, inputs.plots) for index, name in enumerate(names)],
+        "quality": quality_report.section(judged, config, inputs.plots),
+        "verdict_of": {row["variant"]: "" for row in rows}
+        | {row["variant"]: quality_words.verdict_words(judged, row) for row in judged.variants},
         "roofline": _roofline(rows, inputs.plots),
         "texts": collected,
         "missing": findings.missing(rows, str(config.get("results", "results"))),
@@ -133,10 +133,15 @@ def context(inputs: Inputs) -> dict[str, Any]:
     }
 
 
+def _prices(judged: scores.Scores) -> dict[str, str]:
+    """What each variant costs in quality, in words, where that was judged."""
+    return {row["variant"]: price for row in judged.variants if (price := quality_words.price(judged, row["variant"]))}
+
+
 def _made_by(inputs: Inputs) -> list[tuple[str, str]]:
     """Code, versions and devices as the run's files record them; what differs between files is listed."""
     found: dict[str, dict[str, None]] = {}
-    sources = [inputs.stats, inputs.measurements, *inputs.outputs]
+    sources = [inputs.stats, inputs.measurements, inputs.quality, *inputs.outputs]
     for record in [inputs.provenance, *(tables.provenance_of(path) for path in sources)]:
         script = str(record.get("script", ""))
         for name, value in flatten({key: record[key] for key in record if key not in ELSEWHERE}):

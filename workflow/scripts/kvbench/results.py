@@ -28,6 +28,7 @@ OUTPUT_COLUMNS = ["model", "method", "status", "rank", "prompt", "way", "text"]
 
 # The figures' inks; the report swaps them for its own, which follow dark mode.
 INK, MUTED, FAINT, PAPER = "#1f2328", "#59636e", "#eff2f5", "#ffffff"
+INKS = {INK: "var(--ink)", MUTED: "var(--muted)", FAINT: "var(--faint)", PAPER: "var(--paper)"}
 
 BASELINE_COLOUR = "#8b949e"
 # Okabe and Ito's colours that read on white and on black, told apart with any colour vision.

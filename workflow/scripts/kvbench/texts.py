@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvbench import text_metrics
 from kvbench.diff import Segment, common_prefix, compare_texts
 from kvbench.findings import Compared, TextTally, padding_words, tally
 from kvbench.words import STATUS_WORDS, Row
@@ -24,7 +25,11 @@ Key = tuple[str, str, str]  # model, method, way
 
 @dataclass(frozen=True)
 class Card:
-    """One variant's text for one prompt, as the report shows it."""
+    """One variant's text for one prompt, as the report shows it.
+
+    ``distance`` is how far the text is from the baseline's: the share of words not in common, and 1 more if it
+    collapsed; 0 where it is not compared.
+    """
 
     variant: str
     kind: str  # baseline, equal, differs, alone, missing
@@ -33,6 +38,8 @@ class Card:
     segments: tuple[Segment, ...]
     facts: str
     simulated: bool
+    collapsed: bool
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -102,14 +109,22 @@ def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str
         for key in order
         for rank in answered[key]
     }
+    fallen = {(key, rank): _collapsed(answered[key][rank], key, rank, base, answered) for key, rank in pairs}
     prompts = []
     for rank in ranks[:PROMPTS_SHOWN]:
         keys = [key for key in order if rank in answered[key]]
         row = answered[keys[0]][rank]
-        cards = [_card(names[key], answered[key][rank], pairs[key, rank], key in base.values()) for key in keys]
-        prompts.append(Prompt(rank, clip(row.get("prompt") or ""), _prompt_facts(row), tuple(cards)))
+        cards = [
+            _card(names[key], answered[key][rank], pairs[key, rank], key in base.values(), fallen[key, rank])
+            for key in keys
+        ]
+        prompts.append(Prompt(rank, clip(row.get("prompt") or ""), _prompt_facts(row, cards), tuple(cards)))
     tallies = [
-        tally(key[0], labels[key[:2]], WAYS[key[2]] if several else "", labels[base[key][:2]], compared)
+        tally(
+            *(key[0], labels[key[:2]], WAYS[key[2]] if several else "", labels[base[key][:2]]),
+            compared,
+            sum(fallen[key, rank] for rank in answered[key] if pairs[key, rank]),
+        )
         for key in order
         if (compared := [pair for rank in answered[key] if (pair := pairs[key, rank])])
     ]
@@ -165,12 +180,27 @@ def _against(row: Row, reference: Row | None, tokenizers: Mapping[str, str]) -> 
     )
 
 
-def _prompt_facts(row: Row) -> str:
-    tokens = row.get("prompt_tokens")
-    return f"{tokens:,} tokens" if tokens is not None else ""
+def _collapsed(
+    row: Row, key: Key, rank: int, base: Mapping[Key, Key], answered: Mapping[Key, Mapping[int, Row]]
+) -> bool:
+    """Whether a text collapsed, by the rule of quality.parquet."""
+    if row["status"] != "ok" or row.get("token_ids") is None:
+        return False
+    reference = _reference(key, rank, base, answered)
+    other = (reference.get("text") or "") if reference else None
+    return text_metrics.collapsed(row.get("text") or "", row["token_ids"], row.get("prompt") or "", other)
 
 
-def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool) -> Card:
+def _prompt_facts(row: Row, cards: Sequence[Card]) -> str:
+    tokens, fallen = row.get("prompt_tokens"), sum(card.collapsed for card in cards)
+    parts = [
+        f"{tokens:,} tokens" if tokens is not None else "",
+        f"{fallen} of {len(cards)} texts collapsed" if fallen else "",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool, fallen: bool) -> Card:
     text = row.get("text") or ""
     kind, note, prefix = "alone", "no baseline to compare with", text
     segments: tuple[Segment, ...] = ()
@@ -191,6 +221,8 @@ def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool) 
         segments=tuple(Segment(part.kind, clip(part.text)) for part in segments),
         facts=_facts(row),
         simulated=bool(row.get("simulated")),
+        collapsed=fallen,
+        distance=0.0 if compared is None else 1 - compared.difference.shared + fallen,
     )
 
 

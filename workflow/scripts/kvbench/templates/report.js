@@ -38,8 +38,33 @@
   const normal = (text) => text.normalize("NFKC").toLowerCase();
   for (const prompt of prompts) {
     prompt.words = normal(prompt.querySelector("blockquote").textContent);
-    for (const card of prompt.querySelectorAll(".card")) card.words = normal(card.querySelector(".text").textContent);
+    prompt.cards = [...prompt.querySelectorAll(".card")];
+    for (const card of prompt.cards) card.words = normal(card.querySelector(".text").textContent);
   }
+  // Worst first: prompts by the mean distance of the texts shown, and in each the farthest text after the baseline's.
+  const distance = (card) => Number(card.dataset.distance);
+  const mean = (prompt) => {
+    const cards = prompt.cards.filter((card) => !card.hidden && !card.classList.contains("baseline"));
+    return cards.reduce((sum, card) => sum + distance(card), 0) / (cards.length || 1);
+  };
+  const place = (parent, items) => {
+    const moved = items.some((item, index) => parent.children[index] !== item);
+    if (moved) parent.append(...items);
+    return moved;
+  };
+  const arrange = () => {
+    const worst = form.elements.order.value === "worst";
+    const ordered = worst ? [...prompts].sort((a, b) => mean(b) - mean(a)) : prompts;
+    if (prompts.length === 0) return;
+    const moved = place(prompts[0].parentElement, ordered);
+    if (moved && worst) ordered[0].open = true;
+    const first = (card) => Number(card.classList.contains("baseline"));
+    for (const prompt of prompts) {
+      const cards = [...prompt.cards];
+      if (worst) cards.sort((a, b) => first(b) - first(a) || distance(b) - distance(a));
+      if (place(prompt.querySelector(".cards"), cards) || moved) scrollToMarks(prompt);
+    }
+  };
   const apply = () => {
     const wanted = new Set([...form.querySelectorAll("[name=variant]:checked")].map((box) => box.value));
     const rank = form.elements.prompt.value;
@@ -48,7 +73,7 @@
     for (const prompt of prompts) {
       let cards = 0;
       const inPrompt = prompt.words.includes(search);
-      for (const card of prompt.querySelectorAll(".card")) {
+      for (const card of prompt.cards) {
         card.hidden = !wanted.has(card.dataset.variant) || !(inPrompt || card.words.includes(search));
         cards += !card.hidden;
       }
@@ -56,6 +81,7 @@
       if (!prompt.hidden && (rank !== "" || search !== "")) prompt.open = true;
       shown += !prompt.hidden;
     }
+    arrange();
     form.querySelector("output").textContent = `${shown} of ${prompts.length} prompts shown`;
   };
   // A long text scrolls to where it parts from the baseline.
