@@ -194,19 +194,23 @@ def _written(column: Column, value: float) -> str:
     match column.kind:
         case "nats":
             return quality_words.nats(value)
-        case "share" | "count":
-            return f"{100 * value:.1f}".removesuffix(".0")
+        case "share":
+            return f"{100 * value:.1f}"
+        case "count":
+            return f"{100 * value:.0f}"
         case "tokens":
             return words.number(value)
     return f"{value:.3f}"
 
 
 def _signed(column: Column, value: float) -> str:
-    """With its sign, and its unit where that is not the column's own."""
+    """With its sign, and in points where the column is a share."""
+    return _with_sign(column, value) + (" points" if column.kind in ("share", "count") else "")
+
+
+def _with_sign(column: Column, value: float) -> str:
     size = _written(column, abs(value))
-    unit = " points" if column.kind in ("share", "count") else ""
-    sign = "±" if not size.strip("0.") else "−" if value < 0 else "+"
-    return f"{sign}{size}{unit}"
+    return f"{'±' if not size.strip('0.') else '−' if value < 0 else '+'}{size}"
 
 
 def _evidence(scores: Scores, variant: Row) -> list[dict[str, Any]]:
@@ -216,13 +220,13 @@ def _evidence(scores: Scores, variant: Row) -> list[dict[str, Any]]:
         if row["difference"] is None:
             continue
         column = Column(row["metric"], row["slice"], "", "", KINDS[row["metric"]])
-        p = row["p_holm"]
+        p, unit = row["p_holm"], "%" if column.kind == "share" else ""
         lines.append(
             {
                 "label": variant["variant"],
                 "figure": quality_words.figure_name(row),
-                "value": _written(column, row["value"]),
-                "base": _written(column, row["baseline_value"]),
+                "value": _written(column, row["value"]) + unit,
+                "base": _written(column, row["baseline_value"]) + unit,
                 "difference": _signed(column, row["difference"]),
                 "interval": _between(column, row["difference_low"], row["difference_high"]),
                 "p": "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
@@ -246,7 +250,7 @@ KINDS = {
 
 
 def _between(column: Column, low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{_signed(column, low)} to {_signed(column, high)}"
+    return "" if low is None or high is None else f"{_with_sign(column, low)} to {_signed(column, high)}"
 
 
 def _settings(scores: Scores, config: Mapping[str, Any]) -> list[str]:

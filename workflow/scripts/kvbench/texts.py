@@ -28,7 +28,7 @@ class Card:
     """One variant's text for one prompt, as the report shows it.
 
     ``distance`` is how far the text is from the baseline's: the share of words not in common, and 1 more if it
-    collapsed; 0 where it is not compared.
+    collapsed and the baseline's did not; 0 where it is not compared.
     """
 
     variant: str
@@ -115,7 +115,10 @@ def collect(outputs: Sequence[Row], rows: Sequence[Row], tokenizers: Mapping[str
         keys = [key for key in order if rank in answered[key]]
         row = answered[keys[0]][rank]
         cards = [
-            _card(names[key], answered[key][rank], pairs[key, rank], key in base.values(), fallen[key, rank])
+            _card(
+                *(names[key], answered[key][rank], pairs[key, rank], key in base.values()),
+                *(fallen[key, rank], fallen.get((base.get(key, key), rank), False)),
+            )
             for key in keys
         ]
         prompts.append(Prompt(rank, clip(row.get("prompt") or ""), _prompt_facts(row, cards), tuple(cards)))
@@ -200,7 +203,9 @@ def _prompt_facts(row: Row, cards: Sequence[Card]) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool, fallen: bool) -> Card:
+def _card(
+    variant: str, row: Row, compared: Compared | None, is_baseline: bool, fallen: bool, baseline_fallen: bool
+) -> Card:
     text = row.get("text") or ""
     kind, note, prefix = "alone", "no baseline to compare with", text
     segments: tuple[Segment, ...] = ()
@@ -222,7 +227,7 @@ def _card(variant: str, row: Row, compared: Compared | None, is_baseline: bool, 
         facts=_facts(row),
         simulated=bool(row.get("simulated")),
         collapsed=fallen,
-        distance=0.0 if compared is None else 1 - compared.difference.shared + fallen,
+        distance=0.0 if compared is None else 1 - compared.difference.shared + (fallen and not baseline_fallen),
     )
 
 
