@@ -84,7 +84,7 @@ def test_every_workload_has_both_its_labels(name: str, workloads: int) -> None:
 
 
 def test_every_text_is_in_an_ink_that_follows_dark_mode() -> None:
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(sheets.STYLE):
         figure = roofline_plot.roofline(CASES["default"])
         found = [text for text in figure.findobj(plt.Text) if text.get_text().strip()]
         plt.close(figure)
