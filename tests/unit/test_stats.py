@@ -126,6 +126,7 @@ def limited(folder: Path, protocol: str = "standard", device: str = "cpu: x (2 t
     cache = {"kv_cache_bytes": 5 * TOKEN, "kv_cache_allocated_bytes": 5 * TOKEN, "kv_cache_full_bytes": 10 * TOKEN}
     repeats = [{"ttft_s": t, "tpot_s": t, "total_s": 9.0, "kv_cache_end_bytes": 9 * TOKEN} for t in (2.0, 1.0, 4.0)]
     known = {"model_config": QWEN2, "dtype": "torch.float32", "weights_bytes": 4 * PARAMETERS}
+    known["variant"] = {"spec": {"press": "KnormPress", "args": {"compression_ratio": 0.5}}}
     write(folder, repeats, prefill(**cache), known)
     measured = {"copy": {"bytes_per_s": 1e3}, "matmul": {"float32": {"flops_per_s": 1e5}}}
     (folder / "device").mkdir()
