@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import report_fixture
 from report_fixture import MODEL
 
+from kvbench import outputs as outputs_job
 from kvbench import quality as quality_job
+from kvbench import retrieval as retrieval_job
 from kvbench import window_table
 
 METHODS = [*report_fixture.METHODS[:3], "random-0.5", *report_fixture.METHODS[3:]]
@@ -52,12 +54,6 @@ PREFIX_TOKENS, CONTINUATION_TOKENS = 64, 24
 TASKS = ("needle", "multikey", "variables", "words")
 PROMPT_TOKENS, DEPTHS, SAMPLES = (512, 1024), (0.0, 0.5, 1.0), 40
 
-RETRIEVAL = pa.schema(
-    [(name, pa.string()) for name in ("model", "method", "status", "status_reason", "task")]
-    + [("prompt_tokens", pa.int32()), ("depth", pa.float64()), ("sample", pa.int32()), ("document", pa.string())]
-    + [("expected", pa.list_(pa.string())), ("answer", pa.string()), ("score", pa.float64()), ("correct", pa.bool_())]
-    + [("query_aware", pa.bool_()), ("kept_fraction", pa.float64()), ("simulated", pa.bool_())]
-)
 GARBLED = ["the cache keeps what " * 12, "and of the press", "قطة من", "fox over the " * 30, "``` ```", ""]
 LOOPS = {2: "قطة " * 40, 4: "\x00\x07\u202e gnp.exe " * 12, 5: "Nothing. " * 20}
 Row = dict[str, Any]
@@ -196,7 +192,8 @@ def plan(**quality_config: Any) -> Row:
     return {"config": config, "protocol": config["protocol"], "cells": cells}
 
 
-def _parquet(rows: list[Row], schema: pa.Schema | None, path: Path) -> Path:
+def parquet(rows: list[Row], schema: pa.Schema, path: Path) -> Path:
+    """Write rows as a Parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), path)
     return path
@@ -209,8 +206,10 @@ def write(folder: Path) -> dict[str, list[Path]]:
         return folder / stage / MODEL / f"{method}.parquet"
 
     return {
-        "windows": [_parquet(windows(), window_table.SCHEMA, folder / f"windows/{MODEL}.parquet")],
-        "quality": [_parquet(quality(method), quality_job.QUALITY, file("quality", method)) for method in METHODS],
-        "retrieval": [_parquet(retrieval(method), RETRIEVAL, file("retrieval", method)) for method in METHODS],
-        "outputs": [_parquet(outputs(method), None, file("outputs", method)) for method in METHODS],
+        "windows": [parquet(windows(), window_table.SCHEMA, folder / f"windows/{MODEL}.parquet")],
+        "quality": [parquet(quality(method), quality_job.QUALITY, file("quality", method)) for method in METHODS],
+        "retrieval": [
+            parquet(retrieval(method), retrieval_job.RETRIEVAL, file("retrieval", method)) for method in METHODS
+        ],
+        "outputs": [parquet(outputs(method), outputs_job.OUTPUTS, file("outputs", method)) for method in METHODS],
     }
