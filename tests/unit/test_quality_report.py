@@ -79,8 +79,8 @@ def test_words_on_random_pruning_and_noise(scores: Scores) -> None:
     )
     assert words["Noise floor"].startswith("baseline against itself has a KL of 1.1 × 10⁻⁹ nats in another batch shape")
     assert "expected-attention-0.5’s, is 0.98 times the greater" in words["Noise floor"]
-    assert "finch-0.5 (distribution and texts): unsupported, FinchPress needs a delimiter" in words["Without figures"]
-    assert "adakv-snapkv-0.5 (retrieval): out of memory" in words["Without figures"]
+    assert "distribution and texts of finch-0.5: unsupported, FinchPress needs a delimiter" in words["Without figures"]
+    assert "retrieval of adakv-snapkv-0.5: out of memory" in words["Without figures"]
 
 
 def test_what_is_not_decided_is_not_called_equal(scores: Scores) -> None:
@@ -217,7 +217,7 @@ def test_random_weights_are_not_judged(tmp_path: Path) -> None:
     rows = quality_stats.merge(plan, tmp_path)
     page = rendered(tmp_path, rows)
     assert "No figure of quality came out of this run" in page.words and reason in page.words
-    assert page.words.count("distribution, retrieval and texts") == len(made.METHODS)
+    assert "distribution, retrieval and texts of every variant: unsupported, random weights" in page.words
     assert "Verdict" not in page.words
 
 

@@ -241,13 +241,20 @@ def _failed(scores: Scores) -> list[str]:
 
 def _gaps(scores: Scores) -> list[str]:
     """What did not come out and why, variants with the same reason together."""
-    told: dict[tuple[str, str], dict[str, list[str]]] = {}
+    told: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for variant in scores.variants:
+        reasons: dict[tuple[str, str], list[str]] = {}
         for stage, row in scores.gaps(variant["variant"]).items():
             key = str(row["status"]), str(row.get("status_reason") or "no reason recorded")
-            told.setdefault(key, {}).setdefault(variant["variant"], []).append(stage)
+            reasons.setdefault(key, []).append(stage)
+        for (status, reason), stages in reasons.items():
+            told.setdefault((status, reason, tuple(stages)), []).append(variant["variant"])
     return [
-        f"{words.listing([f'{label} ({words.listing(stages)})' for label, stages in labels.items()])}:"
+        f"{words.listing(list(stages))} of {_all_of(labels, scores)}:"
         f" {words.STATUS_WORDS.get(status, status)}, {words.shorten(reason, 200)}"
-        for (status, reason), labels in told.items()
+        for (status, reason, stages), labels in told.items()
     ]
+
+
+def _all_of(labels: list[str], scores: Scores) -> str:
+    return "every variant" if len(labels) == len(scores.variants) > 1 else words.listing(labels)
