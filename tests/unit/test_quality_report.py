@@ -12,7 +12,8 @@ import quality_page
 import report_fixture
 from test_report import Page
 
-from kvbench import quality_report, quality_stats, quality_words, report, texts
+from kvbench import quality, quality_report, quality_stats, quality_words, report, retrieval, texts
+from kvbench.outputs import OUTPUTS
 from kvbench.scores import Scores, read
 
 Row = dict[str, Any]
@@ -203,22 +204,37 @@ def test_without_any_row_the_page_is_whole(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_not_judged(tmp_path: Path) -> None:
-    plan = made.plan()
     reason = "random weights have no tokenizer, and their text would mean nothing"
-    for stage in ("quality", "retrieval", "outputs"):
-        schema = {"quality": made.QUALITY, "retrieval": made.RETRIEVAL, "outputs": None}[stage]
+    for stage, schema in (("quality", quality.QUALITY), ("retrieval", retrieval.RETRIEVAL), ("outputs", OUTPUTS)):
         for method in made.METHODS:
-            row = made.outputs("finch-0.5")[0] | {"method": method} if stage == "outputs" else made._names(method)
-            made._parquet(
-                [row | {"status": "unsupported", "status_reason": reason}],
-                schema,
-                tmp_path / stage / made.MODEL / f"{method}.parquet",
-            )
-    rows = quality_stats.merge(plan, tmp_path)
-    page = rendered(tmp_path, rows)
-    assert "No figure of quality came out of this run" in page.words and reason in page.words
-    assert "distribution, retrieval and texts of every variant: unsupported, random weights" in page.words
+            row = {"model": made.MODEL, "method": method, "status": "unsupported", "status_reason": reason}
+            made.parquet([row], schema, tmp_path / stage / made.MODEL / f"{method}.parquet")
+    page = rendered(tmp_path, quality_stats.merge(made.plan(), tmp_path))
+    assert "No figure of quality came out of this run" in page.words
+    assert f"distribution, retrieval and texts of every variant: unsupported, {reason}" in page.words
     assert "Verdict" not in page.words
+
+
+def test_what_of_a_stage_did_not_come_out_is_named(scores: Scores) -> None:
+    def lacking(part: str, **more: Any) -> Row:
+        row = next(
+            r for r in scores.rows if (r["variant"], r["slice"]) == ("snapkv-0.5", part.split("/", maxsplit=1)[0])
+        )
+        blank = dict.fromkeys(("value", "low", "high", "n", "difference", "verdict"))
+        return row | blank | {"slice": part, "status": "unsupported", "status_reason": "too long"} | more
+
+    points = Scores([*scores.rows, lacking("needle/4096/0"), lacking("needle/4096/1")])
+    assert list(points.gaps("snapkv-0.5")) == ["needle at 4,096 tokens"]
+    assert "needle at 4,096 tokens of snapkv-0.5: unsupported, too long" in said(points)["Without figures"]
+    kept = [r for r in scores.rows if (r["variant"], r["slice"].split("/")[0]) != ("snapkv-0.5", "needle")]
+    task = Scores([*kept, lacking("needle"), lacking("needle/512/0")])
+    assert list(task.gaps("snapkv-0.5")) == ["needle"]
+    row = next(r for r in quality_report.section(task, {}, [])["table"]["rows"] if r["label"] == "snapkv-0.5")
+    assert [cell["why"] for cell in row["cells"]].count("unsupported") == 1
+    dtype = [r for r in scores.rows if r["reference"] != "dtype"]
+    floor = next(r for r in scores.rows if r["reference"] == "dtype")
+    floors = Scores([*dtype, floor | {"status": "failed", "status_reason": "boom", "value": None}])
+    assert list(floors.gaps("baseline")) == ["noise floor in another dtype"]
 
 
 @pytest.mark.parametrize("off", [{"windows": 0}, {"retrieval": {"samples": 0, "tasks": []}}])
