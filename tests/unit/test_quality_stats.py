@@ -114,8 +114,8 @@ def test_texts_are_compared_with_the_baselines(rows: list[Row]) -> None:
 
 def test_the_control_is_the_random_variant_of_the_same_budget(rows: list[Row]) -> None:
     controls = {row["variant"]: row["control"] for row in rows if row["metric"] == "kl_mean" and row["slice"] == "all"}
-    assert controls["snapkv-0.5"] == controls["expected-attention-0.5"] == "random-0.5"
-    assert {controls[name] for name in ("baseline", "random-0.5", "knorm-0.8", "adakv-snapkv-0.5")} == {None}
+    assert controls["snapkv-0.5"] == controls["expected-attention-0.5"] == controls["adakv-snapkv-0.5"] == "random-0.5"
+    assert {controls[name] for name in ("baseline", "random-0.5", "knorm-0.8")} == {None}
     kl = one(rows, "snapkv-0.5", "kl_mean", "all")
     expected = kl["value"] - one(rows, "random-0.5", "kl_mean", "all")["value"]
     assert kl["control_difference"] == pytest.approx(expected)
@@ -230,6 +230,20 @@ def test_points_that_did_not_come_out_are_named_and_the_others_stand(tmp_path: P
     assert (point["status"], point["status_reason"], point["value"]) == ("unsupported", "too long", None)
     assert one(rows, "snapkv-0.5", "retrieval_accuracy", "words")["status"] == "unsupported"
     assert one(rows, "snapkv-0.5", "retrieval_accuracy", "needle")["n"] == 5 * made.SAMPLES
+
+
+def test_a_retrofit_is_compared_with_its_bases_baseline_and_control(tmp_path: Path) -> None:
+    written = made.write(tmp_path)
+    plan = made.plan()
+    plan["cells"] = [cell for cell in plan["cells"] if cell["method"] in ("baseline", "random-0.5", "snapkv-0.5")]
+    plan["cells"][1] = plan["cells"][1] | {"model": "retrofit"}  # snapkv-0.5
+    for path in (paths[made.METHODS.index("snapkv-0.5")] for paths in written.values() if len(paths) > 1):
+        moved = path.parent.parent / "retrofit" / path.name
+        moved.parent.mkdir()
+        path.rename(moved)
+    kl = one(quality_stats.merge(plan, tmp_path), "snapkv-0.5", "kl_mean", "all")
+    assert (kl["model"], kl["baseline"], kl["control"]) == ("retrofit", "baseline", "random-0.5")
+    assert kl["difference"] > 0 > kl["control_difference"] and kl["verdict"] == "worse"
 
 
 def test_texts_of_a_padded_batch_are_compared_with_the_baselines_of_one(tmp_path: Path) -> None:

@@ -164,14 +164,19 @@ def _floor(base: Seen | None) -> Observed | None:
 
 
 def _control(variant: Variant, seen: dict[str, Seen], variants: list[Variant]) -> str | None:
-    """Label of the random variant of the same model whose kept fraction is nearest, if it is near enough."""
+    """Label of the random variant whose kept fraction is nearest, if it is near enough.
+
+    Of the same model, or (a retrofit) of the one that its baseline is of.
+    """
     kept = seen[variant.label].kept
     if variant.random or kept is None:
         return None
     distances = {
         other.label: abs(found - kept)
         for other in variants
-        if other.random and other.model == variant.model and (found := seen[other.label].kept) is not None
+        if other.random
+        and (other.model == variant.model or (other.baseline is not None and other.baseline == variant.baseline))
+        and (found := seen[other.label].kept) is not None
     }
     nearest = min(distances, key=lambda label: distances[label], default=None)
     return nearest if nearest is not None and distances[nearest] <= SAME_BUDGET else None
