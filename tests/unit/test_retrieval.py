@@ -23,12 +23,14 @@ ADAKV = {"press": "AdaKVPress", "args": {"press": SNAP}}
 PYRAMID = {"press": "PyramidKVPress", "args": HALF}
 ROTATED = {"press": "KeyRerotationPress", "args": {"press": KNORM}}
 CHUNK = {"press": "ChunkKVPress", "args": {"press": KNORM}}
+CRITICAL = {"press": "CriticalAdaKVPress", "args": {"press": SNAP}}
+SIMLAYER = {"press": "SimLayerKVPress", "args": {"lazy_threshold": 0.5, "n_recent": 40}}
 DECODING = {
     "press": "DecodingPress",
     "args": {"base_press": {"press": "KnormPress", "args": {}}, "compression_interval": 3, "target_size": 40},
 }
 SPECS = {"dense": {}, "knorm": KNORM, "snap": SNAP, "random": RANDOM, "adakv": ADAKV, "pyramid": PYRAMID,
-         "rotated": ROTATED, "chunk": CHUNK}  # fmt: skip
+         "rotated": ROTATED, "chunk": CHUNK, "critical-adakv": CRITICAL, "simlayer": SIMLAYER}  # fmt: skip
 REQUEST = {"tasks": ["needle"], "samples": 3, "prompt_tokens": [400], "depths": [0.5], "query_aware": False}
 
 

@@ -86,6 +86,7 @@ AFTER = {"stats": 1} | DRAWING
         ("architecture", DEVICE | AFTER),
         ("answers", {"outputs": 2, "retrieval": 2} | JUDGED),
         ("needles", {"retrieval": 2} | JUDGED),
+        ("book", {"retrieval": 2} | JUDGING | JUDGED),
         ("distribution", {"quality": 2} | JUDGED),
         ("windows", JUDGING | JUDGED),
         ("verdicts", JUDGED),
