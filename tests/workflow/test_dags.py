@@ -25,7 +25,7 @@ def test_the_articles_experiment(tmp_path: Path) -> None:
     assert done.jobs == {
         "fetch_model": 2, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 3, "generation": 3,
         "outputs": 3, "windows": 1, "quality": 3, "retrieval": 3, "device_rates": 1, "plan": 1, "stats": 1,
-        "quality_stats": 1, "bars": 1, "roofline": 1, "report": 1,
+        "quality_stats": 1, "bars": 1, "roofline": 1, "quality_plots": 3, "report": 1,
     }  # fmt: skip
     commands = [
         line.partition("Shell command: ")[2] for line in done.output.splitlines() if "Shell command: kvbench" in line
@@ -62,7 +62,8 @@ def test_what_the_config_leaves_out_of_quality_is_not_run(tmp_path: Path) -> Non
     nothing = {"windows": 0, "retrieval": {"samples": 0}}
     config = tinyrun.make(tmp_path, quality=nothing, outputs={"prompts": 0})
     jobs = snakemake(ROOT, tmp_path, config, "--dry-run").jobs
-    assert jobs["quality_stats"] == 1 and not {"windows", "quality", "retrieval", "outputs"} & jobs.keys()
+    left_out = {"windows", "quality", "retrieval", "outputs", "quality_plots"}
+    assert jobs["quality_stats"] == 1 and not left_out & jobs.keys()
     jobs = snakemake(ROOT, tmp_path, tinyrun.make(tmp_path), "--dry-run", "--until", "quality_stats").jobs
     assert jobs == {
         "fetch_model": 1, "fetch_dataset": 1, "prompts": 1, "outputs": 2, "windows": 1, "quality": 2, "retrieval": 2,

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("reruns")
 EVERYTHING = {
     "fetch_model": 1, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 2, "generation": 2, "outputs": 2,
     "windows": 1, "quality": 2, "retrieval": 2, "device_rates": 1, "plan": 1, "stats": 1, "quality_stats": 1, "bars": 1,
-    "roofline": 1, "report": 1,
+    "roofline": 1, "quality_plots": 3, "report": 1,
 }  # fmt: skip
 KVBENCH = "workflow/scripts/kvbench"
 
@@ -68,7 +68,7 @@ def statement(text: str) -> str:
 
 DRAWING = {"bars": 1, "roofline": 1, "report": 1}
 JUDGING = {"windows": 1, "quality": 2}
-JUDGED = {"quality_stats": 1, "report": 1}
+JUDGED = {"quality_stats": 1, "quality_plots": 3, "report": 1}
 DEVICE = {"prefill": 2, "generation": 2, "outputs": 2, "retrieval": 2} | JUDGING | JUDGED
 AFTER = {"stats": 1} | DRAWING
 
@@ -76,7 +76,9 @@ AFTER = {"stats": 1} | DRAWING
 @pytest.mark.parametrize(
     ("module", "jobs"),
     [
-        ("plots", DRAWING),
+        ("plots", {"bars": 1, "report": 1}),
+        ("sheets", DRAWING | {"quality_plots": 3}),
+        ("quality_plots", {"quality_plots": 3, "report": 1}),
         ("report", {"report": 1}),
         ("roofline_plot", {"roofline": 1, "report": 1}),
         ("stats", AFTER),
