@@ -93,6 +93,17 @@ def test_what_is_not_decided_is_not_called_equal(scores: Scores) -> None:
     assert "is not decided (KL 1.1 × 10⁻⁴ nats" in quality_words.price(open_, "expected-attention-0.5")
 
 
+def test_an_open_verdict_without_figures_leaves_the_headline_to_the_texts(scores: Scores) -> None:
+    only_texts = Scores([row for row in scores.rows if row["metric"] in ("collapsed", "overall")])
+    assert quality_words.price(changed(only_texts, "snapkv-0.5", "overall", verdict="unknown"), "snapkv-0.5") == ""
+
+
+def test_what_else_is_worse_is_named_where_kl_and_retrieval_are_not(scores: Scores) -> None:
+    alike = changed(scores, "snapkv-0.5", "kl_mean", verdict="indistinguishable")
+    alike = changed(alike, "snapkv-0.5", "retrieval_accuracy", verdict="indistinguishable")
+    assert quality_words.price(alike, "snapkv-0.5").endswith("against 98%, top-1 agreement, perplexity)")
+
+
 def test_behind_random_is_said_too(scores: Scores) -> None:
     behind = changed(scores, "snapkv-0.5", "kl_mean", control_low=0.1, control_high=0.2)
     assert "snapkv-0.5: ahead of random-0.5 in needle" in said(behind)["Against pruning at random"]

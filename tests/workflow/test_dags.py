@@ -71,6 +71,11 @@ def test_what_the_config_leaves_out_of_quality_is_not_run(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+def test_random_weights_have_no_figures_of_quality(tmp_path: Path) -> None:
+    jobs = snakemake(ROOT, tmp_path, ROOT / "config/shapes.yaml", "--dry-run").jobs
+    assert jobs["quality_stats"] == jobs["report"] == 1 and "quality_plots" not in jobs
+
+
 @pytest.mark.parametrize("entry", ["Snakefile", "workflow/Snakefile"])
 def test_both_entries_give_the_same_jobs(tmp_path: Path, entry: str) -> None:
     command = [

@@ -53,6 +53,10 @@ class Scores:
         return found
 
     @cached_property
+    def _lacking(self) -> dict[tuple[str, str, str], Row]:
+        return {(row["variant"], row["metric"], row["slice"]): row for row in self.rows if row["status"] != "ok"}
+
+    @cached_property
     def variants(self) -> list[Row]:
         """One row a variant, that of its overall verdict, in the order of the run."""
         overall = {row["variant"]: row for row in self.rows if row["metric"] == "overall"}
@@ -103,11 +107,6 @@ class Scores:
         named = {row["slice"] for row in self.rows if row["metric"] in _RETRIEVAL and "/" not in row["slice"]}
         return _ordered(named, TASKS)
 
-    @property
-    def ways(self) -> list[str]:
-        """Slices of the answered prompts: each alone, and under the article's protocol in one padded batch."""
-        return sorted({part for _, metric, part in self._found if metric == "collapsed"})
-
     def distances(self, corpus: str) -> list[str]:
         """Buckets of distance from the prefix's end, near ones first."""
         start = f"{corpus}/"
@@ -123,9 +122,7 @@ class Scores:
 
     def gap(self, variant: str, metric: str, part: str) -> Row | None:
         """A figure that did not come out, with the status and the reason."""
-        key = variant, metric, part
-        lacking = (row for row in self.rows if (row["variant"], row["metric"], row["slice"]) == key)
-        return next((row for row in lacking if row["status"] != "ok"), None)
+        return self._lacking.get((variant, metric, part))
 
     def gaps(self, variant: str) -> dict[str, Row]:
         """What of a variant did not come out, a row of each: a whole stage, or what of it by its name."""
