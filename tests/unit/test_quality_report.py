@@ -76,7 +76,7 @@ def test_words_on_random_pruning_and_noise(scores: Scores) -> None:
     words = said(scores)
     assert words["Against pruning at random"] == (
         "snapkv-0.5 and expected-attention-0.5: ahead of random-0.5 in KL, needle, multi-key needle,"
-        " variable tracking and common words."
+        " variable tracking and common words; adakv-snapkv-0.5 (simulated): ahead of random-0.5 in KL."
     )
     assert words["Noise floor"].startswith("baseline against itself has a KL of 1.1 × 10⁻⁹ nats in another batch shape")
     assert "expected-attention-0.5’s, is 0.98 times the greater" in words["Noise floor"]

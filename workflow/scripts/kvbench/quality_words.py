@@ -108,9 +108,13 @@ def _kl(scores: Scores, variant: Row) -> str:
 
 
 def _retrieval(scores: Scores, variant: Row) -> str:
-    """The task on which most is lost; one that the baseline fails has no verdict and says nothing."""
+    """The task on which most is lost; one without a baseline, or that it fails, says nothing."""
     found = [scores.row(variant["variant"], "retrieval_accuracy", task) for task in scores.tasks]
-    judged = [row for row in found if row is not None and row["verdict"] is not None]
+    judged = [
+        row
+        for row in found
+        if row is not None and row["verdict"] is not None and None not in (row["value"], row["baseline_value"])
+    ]
     if not judged:
         return ""
     worst = min(judged, key=lambda row: float(row["difference"] or 0.0))
