@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PACKAGES = ("torch", "transformers", "kvpress", "tokenizers", "pandas", "pyarrow", "snakemake")
 
@@ -45,7 +45,8 @@ def fingerprint(script: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(reachable(script)):
         digest.update(path.relative_to(script.parent).as_posix().encode())
-        digest.update(_syntax(path).encode() if path.suffix == ".py" else path.read_bytes())
+        content = path.read_bytes()
+        digest.update(_parsed(content).syntax.encode() if path.suffix == ".py" else content)
     return digest.hexdigest()[:16]
 
 
@@ -59,28 +60,48 @@ def reachable(script: Path) -> set[Path]:
             continue
         found.add(path)
         if path.suffix == ".py":
-            waiting += _imports(path, script.parent)
+            waiting += [file for name in _parsed(path.read_bytes()).imports for file in _files_of(name, script.parent)]
             waiting += data_files(path)
     return found
 
 
 def data_files(module: Path) -> list[Path]:
     """Files that belong to a module: those in folders that its ``DATA`` constant names (a tuple of folder names)."""
-    for node in ast.parse(module.read_text("utf-8")).body:
+    folders = _parsed(module.read_bytes()).data
+    return [p for folder in folders for p in sorted((module.parent / folder).rglob("*")) if p.is_file()]
+
+
+class _Parsed(NamedTuple):
+    """What a module's text says: its syntax without docstrings, the names it imports, the folders of its ``DATA``."""
+
+    syntax: str
+    imports: frozenset[str]
+    data: tuple[str, ...]
+
+
+@cache
+def _parsed(text: bytes) -> _Parsed:
+    """Parse a module's text, once for all the scripts that can reach it."""
+    tree = ast.parse(text)
+    imports, data = _imports(tree), _data(tree)
+    return _Parsed(_syntax(tree), imports, data)
+
+
+def _data(tree: ast.Module) -> tuple[str, ...]:
+    for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "DATA" for t in node.targets):
-            folders = ast.literal_eval(node.value)
-            return [p for folder in folders for p in sorted((module.parent / folder).rglob("*")) if p.is_file()]
-    return []
+            return tuple(ast.literal_eval(node.value))
+    return ()
 
 
-def _imports(path: Path, root: Path) -> list[Path]:
+def _imports(tree: ast.Module) -> frozenset[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return [file for name in names for file in _files_of(name, root)]
+    return frozenset(names)
 
 
 def _files_of(module: str, root: Path) -> list[Path]:
@@ -90,8 +111,8 @@ def _files_of(module: str, root: Path) -> list[Path]:
     return [file for file in [*packages, root.joinpath(*parts).with_suffix(".py")] if file.is_file()]
 
 
-def _syntax(path: Path) -> str:
-    tree = ast.parse(path.read_text("utf-8"))
+def _syntax(tree: ast.Module) -> str:
+    """The tree as text, from which docstrings are taken."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
