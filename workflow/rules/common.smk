@@ -54,6 +54,7 @@ localrules:
     bars,
     roofline,
     quality_plots,
+    training_curve,
     report,
 
 
@@ -61,6 +62,7 @@ wildcard_constraints:
     model=options.NAME,
     method=options.NAME,
     workload=options.NAME,
+    retrofit=options.NAME,
 
 
 def script(name):
@@ -91,6 +93,17 @@ def original_manifest(wildcards):
     """Manifest of the model that a job's model is a retrofit of, if it is one."""
     base = CONFIG.models[wildcards.model].base
     return f"{RESULTS}/models/{base}/manifest.json" if base else []
+
+
+def adapter(wildcards):
+    """The adapter that a job's method runs: of a retrofit here, or the user's own files, so that a change is seen."""
+    method = CONFIG.methods[wildcards.method]
+    if not isinstance(method, options.DmsMethod) or method.dms.checkpoint:
+        return []
+    if method.dms.retrofit:
+        return grid.adapter_folder(CONFIG, method.dms.retrofit)
+    folder = Path(method.dms.adapter)
+    return sorted(str(path) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
 def workload_sources(wildcards):
