@@ -1,5 +1,6 @@
 """What a retrofit leaves: a folder with the trained weights, and a card that says what they are by measured values."""
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,12 +59,12 @@ def _save_lora(lora: Any, folder: Path, base: dict[str, Any]) -> None:
     trained = get_peft_model_state_dict(lora, save_embedding_layers=False)
     tensors = {name: _stored(value) for name, value in trained.items()}
     save_file(tensors, folder / adapter.WEIGHTS, metadata={"format": "pt"})
-    config = lora.peft_config["default"]
+    config = copy.copy(lora.peft_config["default"])
     config.base_model_name_or_path = base["source"].get("hub", base["name"])
     config.revision = base["revision"]
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set has another order in every process
     config.save_pretrained(str(folder))
-    config.inference_mode = False
 
 
 def _save_whole(model: Any, folder: Path) -> None:

@@ -109,7 +109,8 @@ def collect(
     for split in ("train", "held_out"):
         if not any(each.split == split and each.corpus != "book" for each in found):
             raise UserError(
-                f"no text of {request.text} is long enough for a sequence of {request.tokens} tokens ({split})",
+                f"of the text {request.text!r}, nothing is long enough for a sequence of {request.tokens} tokens"
+                f" ({split})",
                 "Lower tokens of the retrofit, or give it more text",
             )
     return found
@@ -127,8 +128,11 @@ class _Taken:
         """Which split the text at this place belongs to."""
         return "held_out" if place < self.first_trained else "train"
 
+    def missing(self, split: str) -> int:
+        return (HELD_OUT if split == "held_out" else self.request.sequences) - len(self.found[split])
+
     def full(self, split: str) -> bool:
-        return len(self.found[split]) >= (HELD_OUT if split == "held_out" else self.request.sequences)
+        return self.missing(split) <= 0
 
     def length(self, split: str) -> int:
         return self.request.tokens + CONTINUATION * (split == "held_out")
@@ -198,7 +202,7 @@ def _own(model: Any, tokenizer: Any, prompts: Path, request: Request) -> list[Se
             ids = _ids(tokenizer, [text])[0]
             if len(ids) <= request.tokens // 2:
                 waiting[split].append((str(row["conversation_id"]), ids))
-        if len(waiting[split]) == PROMPTS_AT_ONCE:
+        if waiting[split] and len(waiting[split]) >= min(PROMPTS_AT_ONCE, taken.missing(split)):
             answer(split)
         if taken.full("train"):
             break
@@ -247,7 +251,7 @@ def load(path: Path) -> Corpus:
 
     def ids(rows: np.ndarray) -> np.ndarray:
         chosen = table["input_ids"].combine_chunks().take(pa.array(np.flatnonzero(rows)))
-        return chosen.flatten().to_numpy().reshape(int(rows.sum()), -1)
+        return chosen.flatten().to_numpy().reshape(int(rows.sum()), -1).copy()  # Arrow's own may not be written to
 
     held_out = split == "held_out"
     judged = {name: ids(held_out & (corpora == name)) for name in dict.fromkeys(corpora[held_out])}
