@@ -9,15 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from kvbench import plots, words
+from kvbench import sheets, words
 from kvbench.errors import UserError
-from kvbench.results import COLOURS, INK, MUTED, PAPER, read_rows, unique
+from kvbench.results import COLOURS, MUTED, read_rows, unique
 from kvbench.words import Row
 
 COLUMNS = ["step", "seconds", "asked_compression", "corpus", "kl", "kl_off", "kept_fraction"]
-HEIGHT, TOP, BOTTOM, LEFT, LABELS = 3.9, 0.78, 0.55, 0.62, 1.75  # inches
+ABOVE, HEIGHT, UNDER, LEFT, LABELS = 0.42, 2.6, 0.5, 0.62, 1.75  # inches
 LEAST = 1e-4
 """Divergence below which a line ends: it is of no interest, and 0 has no place on the scale."""
+NOTES = [
+    "Judged on texts that it was not trained on, and obeying evictions for good; train: on what it learns from, with"
+    " evictions still soft. Dashed: nothing evicted, the cost of the changed weights alone. Dotted: what was asked for."
+]
 
 
 def draw(curve: str | Path, name: str, provenance: str, svg: str | Path, png: str | Path) -> None:
@@ -30,45 +34,34 @@ def draw(curve: str | Path, name: str, provenance: str, svg: str | Path, png: st
     rows = read_rows(curve, COLUMNS)
     if not rows:
         raise UserError(f"{curve} has no rows", "Delete it and run again")
-    with plt.rc_context(plots.STYLE):
-        plots.save(figure(rows, name), provenance, svg, png)
+    with plt.rc_context(sheets.STYLE):
+        sheets.save(figure(rows, name), provenance, svg, png)
 
 
 def figure(rows: Sequence[Row], name: str) -> Figure:
     """Divergence on the left, what is kept on the right; ``rows`` are the curve's."""
-    page = plt.figure(figsize=(plots.WIDTH, HEIGHT), facecolor=PAPER)
-    page.patch.set_gid("paper")
     last = max(rows, key=lambda row: (row["step"], row["seconds"]))
-    page.text(plots.MARGIN / plots.WIDTH, 1 - 0.1 / HEIGHT, f"Training of {name}", va="top", fontsize=12, weight="bold")
-    time = f"{last['step']} steps in {words.number(last['seconds'])} s"
-    facts = f"{time} · judged on texts that it was not trained on · dashed: nothing evicted"
-    page.text(plots.MARGIN / plots.WIDTH, 1 - 0.36 / HEIGHT, facts, va="top", color=MUTED)
+    facts = f"{last['step']} steps in {words.number(last['seconds'])} s"
+    page = sheets.sheet(f"Training of {name}", facts, NOTES, ABOVE + HEIGHT + UNDER)
     corpora = [corpus for corpus in unique(row["corpus"] for row in rows) if corpus != "train"]
     palette = dict(zip(corpora, COLOURS, strict=False)) | {"train": MUTED}
-    width = (plots.WIDTH - 2 * (LEFT + LABELS)) / 2
-    panels = []
-    for index, title in enumerate(("KL divergence from the original, nats a token", "Share of tokens kept")):
+    width = (sheets.WIDTH - 2 * (LEFT + LABELS)) / 2
+    for index, panel in enumerate((_divergence, _kept)):
         left = LEFT + index * (LEFT + width + LABELS)
-        box = (left / plots.WIDTH, BOTTOM / HEIGHT, width / plots.WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
-        panels.append(_frame(page.add_axes(box), title, last["step"]))
-    _divergence(panels[0], rows, palette)
-    _kept(panels[1], rows, palette)
-    return page
-
-
-def _frame(axes: Axes, title: str, steps: int) -> Axes:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    axes.set_facecolor("none")
-    axes.set_xlabel("step", color=MUTED)
-    axes.set_xlim(0, max(steps, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(color=MUTED, labelcolor=INK)
-    return axes
+        axes = page.figure.add_axes(page.box(left, page.top + ABOVE, width, HEIGHT))
+        axes.set_facecolor("none")
+        axes.set_xlabel("step")
+        axes.set_xlim(0, max(last["step"], 1))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(MUTED)
+        axes.tick_params(color=MUTED)
+        panel(axes, rows, palette)
+    return page.figure
 
 
 def _divergence(axes: Axes, rows: Sequence[Row], palette: dict[str, str]) -> None:
     """One line a corpus with evictions, and a dashed one without."""
+    axes.set_title("KL divergence from the original, nats a token", loc="left", fontsize=10, fontweight="bold")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -84,6 +77,7 @@ def _divergence(axes: Axes, rows: Sequence[Row], palette: dict[str, str]) -> Non
 
 def _kept(axes: Axes, rows: Sequence[Row], palette: dict[str, str]) -> None:
     """One line a corpus, and what was asked for."""
+    axes.set_title("Share of tokens kept", loc="left", fontsize=10, fontweight="bold")
     axes.set_ylim(0, 1.02)
     asked = sorted({(row["step"], 1 / row["asked_compression"]) for row in rows})
     axes.plot(*zip(*asked, strict=True), color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
@@ -108,8 +102,7 @@ def _line(
 
 def _label(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names right of the lines' ends, moved apart where they would lie on each other."""
-    height = axes.get_position().height * HEIGHT
-    gap = 0.16 / height
+    gap = 0.16 / HEIGHT
     axes.set_ylim(axes.get_ylim())  # the scale is settled before anything is placed by it
     place, lowest = axes.transAxes.inverted(), -1.0
     for value, label, colour in sorted(ends):
