@@ -39,5 +39,11 @@ def pieces(tokenizer: Any, tokens: int) -> Iterator[tuple[str, list[int]]]:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
 
-    for layer in zip_longest(*(cut(chapter.text) for chapter in chapters())):
-        yield from ((chapter.name, ids) for chapter, ids in zip(chapters(), layer, strict=True) if ids)
+    rest: list[tuple[str, list[list[int]]]] = []
+    for chapter in chapters():
+        first, *others = cut(chapter.text) or [[]]
+        rest.append((chapter.name, others))
+        if first:
+            yield chapter.name, first
+    for layer in zip_longest(*(others for _, others in rest)):
+        yield from ((name, ids) for (name, _), ids in zip(rest, layer, strict=True) if ids)

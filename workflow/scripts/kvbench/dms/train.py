@@ -41,7 +41,7 @@ WARM_UP, DECAY, LAST_RATE = 30, 0.2, 0.05
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 """Norm that gradients are cut at."""
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 2048
 """Tokens whose logits exist at once."""
 RATES = {"lora": 1e-3, "whole": 1e-4}
 
@@ -146,7 +146,10 @@ class Trainer:
         """One step of the optimizer; KL a token and the share evicted, on the device."""
         settings, tokens = self.settings, self.settings.tokens
         rows = batch_rows(self.step, settings.batch_size, len(self.train), settings.seed)
-        ids = torch.from_numpy(self.train[rows]).to(self.device, non_blocking=True).long()
+        ids = torch.from_numpy(self.train[rows])
+        if self.device.type == "cuda":
+            ids = ids.pin_memory()  # else the host would wait here for the step before
+        ids = ids.to(self.device, non_blocking=True).long()
         noise = self._noise(len(ids), tokens)
         whole = round(settings.dense_share * len(ids))
         with precision(self.device):
