@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib import pyplot as plt
 
-from kvbench import curve_plot, sheets
+from kvbench import curve_plot, report, sheets
 from kvbench.errors import UserError
 
 
@@ -58,3 +58,11 @@ def test_a_curve_without_rows_is_said(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(CASES["usual"]).slice(0, 0), path)
     with pytest.raises(UserError, match="has no rows"):
         curve_plot.draw(path, "mine", "{}", tmp_path / "x.svg", tmp_path / "x.png")
+
+
+def test_the_report_finds_the_curves_among_its_figures(tmp_path: Path) -> None:
+    path = tmp_path / "curve.parquet"
+    pq.write_table(pa.Table.from_pylist(CASES["usual"]), path)
+    curve_plot.draw(path, "mine-4x", "{}", tmp_path / "retrofit-mine-4x.svg", tmp_path / "x.png")
+    ((name, drawing),) = report._curves([str(tmp_path / "bars-chat.svg"), str(tmp_path / "retrofit-mine-4x.svg")])
+    assert name == "mine-4x" and drawing.startswith("<svg") and "Training of mine-4x" in drawing

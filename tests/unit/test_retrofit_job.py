@@ -22,7 +22,7 @@ import tiny
 import tinyrun
 from conftest import SCRIPTS
 from kvbench import jobs, retrofit, sources, tables
-from kvbench.dms import corpus, evict
+from kvbench.dms import adapter, corpus, evict
 from kvbench.dms.corpus import Sequence
 from kvbench.dms.judge import judge
 from kvbench.dms.student import Student
@@ -203,3 +203,10 @@ def test_a_corpus_job_counts_what_it_found(
     assert "6 sequences of 48 tokens to train on" in capsys.readouterr().out
     about = tables.provenance_of(output)
     assert about["text"] == str(text) and about["train"] == 6 and corpus.load(output).train.shape == (6, TOKENS)
+
+
+def test_weights_of_another_model_are_refused(train: Any) -> None:
+    made = train(lora_rank=None, whole_model=True)
+    other = copy.deepcopy(tiny.model("Qwen3"))  # its heads have the same sizes, and it has norms that they have not
+    with pytest.raises(UserError, match="weights of another model"):
+        adapter.load(other, made / "adapter")
