@@ -73,7 +73,7 @@ def config(folder: Path) -> dict[str, Any]:
             "windows": 2,
             "prefix_tokens": 24,
             "continuation_tokens": 4,
-            "retrieval": {"samples": 0},
+            "retrieval": {"tasks": ["needle"], "samples": 2, "prompt_tokens": [440], "depths": [0.5]},
         },
     }
 

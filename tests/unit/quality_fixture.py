@@ -5,9 +5,9 @@ Its methods are those of `report_fixture`, with a random control beside them. Wh
 baseline                the noise floors
 expected-attention-0.5  no worse than the noise floor
 snapkv-0.5              clearly worse, less so than the random control at the same kept fraction
-random-0.5              the control of `snapkv-0.5` and `expected-attention-0.5`
+random-0.5              the control of all that keep half
 knorm-0.8               collapsed
-adakv-snapkv-0.5        simulated: keeps every byte, so it has no control; out of memory in retrieval
+adakv-snapkv-0.5        simulated: frees no byte; out of memory in retrieval
 finch-0.5               unsupported, failed and unsupported
 """
 
@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import report_fixture
 from report_fixture import MODEL
 
+from kvbench import outputs as outputs_job
 from kvbench import quality as quality_job
+from kvbench import retrieval as retrieval_job
 from kvbench import window_table
 
 METHODS = [*report_fixture.METHODS[:3], "random-0.5", *report_fixture.METHODS[3:]]
@@ -36,7 +38,13 @@ SPECS: dict[str, Any] = {
     "expected-attention-0.5": {"press": "ExpectedAttentionPress", "args": {"compression_ratio": 0.5}},
     "finch-0.5": {"press": "FinchPress", "args": {"compression_ratio": 0.5}},
 }
-KEPT = {"knorm-0.8": 0.201, "snapkv-0.5": 0.5, "random-0.5": 0.502, "expected-attention-0.5": 0.498}
+KEPT = {
+    "knorm-0.8": 0.201,
+    "snapkv-0.5": 0.5,
+    "random-0.5": 0.502,
+    "expected-attention-0.5": 0.498,
+    "adakv-snapkv-0.5": 0.5,
+}
 # mean KL in nats, top-1 agreement, mean rise of the negative log-likelihood, chance of a right answer
 COST = {
     "batch": (1e-9, 1.0, 0.0, 0.98),
@@ -52,12 +60,6 @@ PREFIX_TOKENS, CONTINUATION_TOKENS = 64, 24
 TASKS = ("needle", "multikey", "variables", "words")
 PROMPT_TOKENS, DEPTHS, SAMPLES = (512, 1024), (0.0, 0.5, 1.0), 40
 
-RETRIEVAL = pa.schema(
-    [(name, pa.string()) for name in ("model", "method", "status", "status_reason", "task")]
-    + [("prompt_tokens", pa.int32()), ("depth", pa.float64()), ("sample", pa.int32()), ("document", pa.string())]
-    + [("expected", pa.list_(pa.string())), ("answer", pa.string()), ("score", pa.float64()), ("correct", pa.bool_())]
-    + [("query_aware", pa.bool_()), ("kept_fraction", pa.float64()), ("simulated", pa.bool_())]
-)
 GARBLED = ["the cache keeps what " * 12, "and of the press", "قطة من", "fox over the " * 30, "``` ```", ""]
 LOOPS = {2: "قطة " * 40, 4: "\x00\x07\u202e gnp.exe " * 12, 5: "Nothing. " * 20}
 Row = dict[str, Any]
@@ -196,7 +198,8 @@ def plan(**quality_config: Any) -> Row:
     return {"config": config, "protocol": config["protocol"], "cells": cells}
 
 
-def _parquet(rows: list[Row], schema: pa.Schema | None, path: Path) -> Path:
+def parquet(rows: list[Row], schema: pa.Schema, path: Path) -> Path:
+    """Write rows as a Parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), path)
     return path
@@ -209,8 +212,10 @@ def write(folder: Path) -> dict[str, list[Path]]:
         return folder / stage / MODEL / f"{method}.parquet"
 
     return {
-        "windows": [_parquet(windows(), window_table.SCHEMA, folder / f"windows/{MODEL}.parquet")],
-        "quality": [_parquet(quality(method), quality_job.QUALITY, file("quality", method)) for method in METHODS],
-        "retrieval": [_parquet(retrieval(method), RETRIEVAL, file("retrieval", method)) for method in METHODS],
-        "outputs": [_parquet(outputs(method), None, file("outputs", method)) for method in METHODS],
+        "windows": [parquet(windows(), window_table.SCHEMA, folder / f"windows/{MODEL}.parquet")],
+        "quality": [parquet(quality(method), quality_job.QUALITY, file("quality", method)) for method in METHODS],
+        "retrieval": [
+            parquet(retrieval(method), retrieval_job.RETRIEVAL, file("retrieval", method)) for method in METHODS
+        ],
+        "outputs": [parquet(outputs(method), outputs_job.OUTPUTS, file("outputs", method)) for method in METHODS],
     }

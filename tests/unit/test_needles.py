@@ -178,9 +178,8 @@ def test_a_fact_lies_where_it_is_asked_to(sample: int) -> None:
         return find(context, fact), find(context, fact) + len(fact), len(context)
 
     begin = placed(0.0)[0]
-    assert tok.decode(
-        haystack.prompt(tok, quiz(point("needle", tokens, 0.0), sample), tokens).context[:begin]
-    ).endswith("afterwards.\n\n")
+    at_once = haystack.prompt(tok, quiz(point("needle", tokens, 0.0), sample), tokens)
+    assert tok.decode(at_once.context[:begin]).endswith("afterwards.\n\n")
     assert placed(1.0)[1] == placed(1.0)[2]
     for depth in (0.25, 0.5, 0.75):
         start, end, length = placed(depth)

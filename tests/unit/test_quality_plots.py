@@ -146,7 +146,7 @@ def test_each_field_has_its_percentage_and_the_samples_are_counted(fixture: Scor
     assert len(fields) == 5 * (3 * 6 + 2)  # five variants, three tasks of 2 × 3 fields and words at two lengths
     value = fixture.value("snapkv-0.5", "retrieval_accuracy", "needle/512/0.5")
     assert value is not None and f"{100 * value:.0f}" in fields
-    assert "n = 40 samples a field. Darker: fewer are right." in words
+    assert "n = 40 samples a field. Darker: fewer are right. –: did not come out." in words
 
 
 def test_a_rerun_gives_identical_bytes(table: Path, tmp_path: Path) -> None:

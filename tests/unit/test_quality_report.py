@@ -12,7 +12,8 @@ import quality_page
 import report_fixture
 from test_report import Page
 
-from kvbench import quality_report, quality_stats, quality_words, report, texts
+from kvbench import quality, quality_report, quality_stats, quality_words, report, retrieval, texts
+from kvbench.outputs import OUTPUTS
 from kvbench.scores import Scores, read
 
 Row = dict[str, Any]
@@ -75,12 +76,12 @@ def test_words_on_random_pruning_and_noise(scores: Scores) -> None:
     words = said(scores)
     assert words["Against pruning at random"] == (
         "snapkv-0.5 and expected-attention-0.5: ahead of random-0.5 in KL, needle, multi-key needle,"
-        " variable tracking and common words."
+        " variable tracking and common words; adakv-snapkv-0.5 (simulated): ahead of random-0.5 in KL."
     )
     assert words["Noise floor"].startswith("baseline against itself has a KL of 1.1 × 10⁻⁹ nats in another batch shape")
     assert "expected-attention-0.5’s, is 0.98 times the greater" in words["Noise floor"]
-    assert "finch-0.5 (distribution and texts): unsupported, FinchPress needs a delimiter" in words["Without figures"]
-    assert "adakv-snapkv-0.5 (retrieval): out of memory" in words["Without figures"]
+    assert "distribution and texts of finch-0.5: unsupported, FinchPress needs a delimiter" in words["Without figures"]
+    assert "retrieval of adakv-snapkv-0.5: out of memory" in words["Without figures"]
 
 
 def test_what_is_not_decided_is_not_called_equal(scores: Scores) -> None:
@@ -90,6 +91,17 @@ def test_what_is_not_decided_is_not_called_equal(scores: Scores) -> None:
     assert words["Not decided"] == "expected-attention-0.5 (too few observations: KL)."
     assert "Indistinguishable from the baseline" not in words
     assert "is not decided (KL 1.1 × 10⁻⁴ nats" in quality_words.price(open_, "expected-attention-0.5")
+
+
+def test_an_open_verdict_without_figures_leaves_the_headline_to_the_texts(scores: Scores) -> None:
+    only_texts = Scores([row for row in scores.rows if row["metric"] in ("collapsed", "overall")])
+    assert quality_words.price(changed(only_texts, "snapkv-0.5", "overall", verdict="unknown"), "snapkv-0.5") == ""
+
+
+def test_what_else_is_worse_is_named_where_kl_and_retrieval_are_not(scores: Scores) -> None:
+    alike = changed(scores, "snapkv-0.5", "kl_mean", verdict="indistinguishable")
+    alike = changed(alike, "snapkv-0.5", "retrieval_accuracy", verdict="indistinguishable")
+    assert quality_words.price(alike, "snapkv-0.5").endswith("against 98%, top-1 agreement, perplexity)")
 
 
 def test_behind_random_is_said_too(scores: Scores) -> None:
@@ -203,22 +215,37 @@ def test_without_any_row_the_page_is_whole(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_not_judged(tmp_path: Path) -> None:
-    plan = made.plan()
     reason = "random weights have no tokenizer, and their text would mean nothing"
-    for stage in ("quality", "retrieval", "outputs"):
-        schema = {"quality": made.QUALITY, "retrieval": made.RETRIEVAL, "outputs": None}[stage]
+    for stage, schema in (("quality", quality.QUALITY), ("retrieval", retrieval.RETRIEVAL), ("outputs", OUTPUTS)):
         for method in made.METHODS:
-            row = made.outputs("finch-0.5")[0] | {"method": method} if stage == "outputs" else made._names(method)
-            made._parquet(
-                [row | {"status": "unsupported", "status_reason": reason}],
-                schema,
-                tmp_path / stage / made.MODEL / f"{method}.parquet",
-            )
-    rows = quality_stats.merge(plan, tmp_path)
-    page = rendered(tmp_path, rows)
-    assert "No figure of quality came out of this run" in page.words and reason in page.words
-    assert page.words.count("distribution, retrieval and texts") == len(made.METHODS)
+            row = {"model": made.MODEL, "method": method, "status": "unsupported", "status_reason": reason}
+            made.parquet([row], schema, tmp_path / stage / made.MODEL / f"{method}.parquet")
+    page = rendered(tmp_path, quality_stats.merge(made.plan(), tmp_path))
+    assert "No figure of quality came out of this run" in page.words
+    assert f"distribution, retrieval and texts of every variant: unsupported, {reason}" in page.words
     assert "Verdict" not in page.words
+
+
+def test_what_of_a_stage_did_not_come_out_is_named(scores: Scores) -> None:
+    def lacking(part: str, **more: Any) -> Row:
+        row = next(
+            r for r in scores.rows if (r["variant"], r["slice"]) == ("snapkv-0.5", part.split("/", maxsplit=1)[0])
+        )
+        blank = dict.fromkeys(("value", "low", "high", "n", "difference", "verdict"))
+        return row | blank | {"slice": part, "status": "unsupported", "status_reason": "too long"} | more
+
+    points = Scores([*scores.rows, lacking("needle/4096/0"), lacking("needle/4096/1")])
+    assert list(points.gaps("snapkv-0.5")) == ["needle at 4,096 tokens"]
+    assert "needle at 4,096 tokens of snapkv-0.5: unsupported, too long" in said(points)["Without figures"]
+    kept = [r for r in scores.rows if (r["variant"], r["slice"].split("/")[0]) != ("snapkv-0.5", "needle")]
+    task = Scores([*kept, lacking("needle"), lacking("needle/512/0")])
+    assert list(task.gaps("snapkv-0.5")) == ["needle"]
+    row = next(r for r in quality_report.section(task, {}, [])["table"]["rows"] if r["label"] == "snapkv-0.5")
+    assert [cell["why"] for cell in row["cells"]].count("unsupported") == 1
+    dtype = [r for r in scores.rows if r["reference"] != "dtype"]
+    floor = next(r for r in scores.rows if r["reference"] == "dtype")
+    floors = Scores([*dtype, floor | {"status": "failed", "status_reason": "boom", "value": None}])
+    assert list(floors.gaps("baseline")) == ["noise floor in another dtype"]
 
 
 @pytest.mark.parametrize("off", [{"windows": 0}, {"retrieval": {"samples": 0, "tasks": []}}])

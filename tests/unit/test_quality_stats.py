@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import quality_fixture as made
+from report_fixture import MODEL
 
 from conftest import SCRIPTS
 from kvbench import observations, quality_stats, verdicts
@@ -113,8 +114,8 @@ def test_texts_are_compared_with_the_baselines(rows: list[Row]) -> None:
 
 def test_the_control_is_the_random_variant_of_the_same_budget(rows: list[Row]) -> None:
     controls = {row["variant"]: row["control"] for row in rows if row["metric"] == "kl_mean" and row["slice"] == "all"}
-    assert controls["snapkv-0.5"] == controls["expected-attention-0.5"] == "random-0.5"
-    assert {controls[name] for name in ("baseline", "random-0.5", "knorm-0.8", "adakv-snapkv-0.5")} == {None}
+    assert controls["snapkv-0.5"] == controls["expected-attention-0.5"] == controls["adakv-snapkv-0.5"] == "random-0.5"
+    assert {controls[name] for name in ("baseline", "random-0.5", "knorm-0.8")} == {None}
     kl = one(rows, "snapkv-0.5", "kl_mean", "all")
     expected = kl["value"] - one(rows, "random-0.5", "kl_mean", "all")["value"]
     assert kl["control_difference"] == pytest.approx(expected)
@@ -177,6 +178,85 @@ def test_stages_that_the_config_leaves_out_are_not_looked_for(tmp_path: Path) ->
     rows = quality_stats.merge(plan, tmp_path)
     assert {row["metric"] for row in rows} == {quality_stats.OVERALL}
     assert {row["verdict"] for row in rows} == {None}
+
+
+def small(folder: Path, methods: list[str], files: dict[str, list[Row]]) -> list[Row]:
+    """The rows of a run of few methods, some of whose files are replaced."""
+    made.write(folder)
+    for path, changed in files.items():
+        made.parquet(changed, pq.read_schema(folder / path), folder / path)
+    plan = made.plan()
+    plan["cells"] = [cell for cell in plan["cells"] if cell["method"] in methods]
+    return quality_stats.merge(plan, folder)
+
+
+def test_without_a_baseline_that_came_out_nothing_is_known(tmp_path: Path) -> None:
+    failed = [{"model": MODEL, "method": "baseline", "status": "failed", "status_reason": "RuntimeError: no"}]
+    files = {f"{stage}/{MODEL}/baseline.parquet": failed for stage in quality_stats.STAGES}
+    rows = small(tmp_path, ["baseline", "snapkv-0.5"], files)
+    kl = one(rows, "snapkv-0.5", "kl_mean", "all")
+    assert kl["value"] > 0 and kl["difference"] is kl["baseline_value"] is kl["p"] is None
+    assert kl["verdict"] == one(rows, "snapkv-0.5", "overall", "all")["verdict"] == "unknown"
+    assert not [row for row in rows if row["metric"] == "rouge_l" and row["status"] == "ok"]
+    assert one(rows, "baseline", "kl_mean", "all")["status_reason"] == "RuntimeError: no"
+
+
+def test_a_noise_floor_that_did_not_fit_leaves_the_other(tmp_path: Path) -> None:
+    lacking = {
+        "model": MODEL,
+        "method": "baseline",
+        "reference": "dtype",
+        "status": "oom",
+        "status_reason": "no memory",
+    }
+    floors = [*tokens("baseline", "batch"), lacking]
+    rows = small(tmp_path, ["baseline", "snapkv-0.5"], {f"quality/{MODEL}/baseline.parquet": floors})
+    assert one(rows, "baseline", "kl_mean", "all", "dtype")["status"] == "oom"
+    batch = one(rows, "baseline", "kl_mean", "all", "batch")["value"]
+    assert one(rows, "snapkv-0.5", "kl_mean", "all")["baseline_value"] == pytest.approx(batch)
+
+
+def test_points_that_did_not_come_out_are_named_and_the_others_stand(tmp_path: Path) -> None:
+    def lacking(row: Row) -> bool:
+        return row["task"] == "words" or (row["task"], row["prompt_tokens"], row["depth"]) == ("needle", 1024, 0.5)
+
+    found = made.retrieval("snapkv-0.5")
+    gaps = [
+        row | {"sample": None, "status": "unsupported", "status_reason": "too long"} for row in found if lacking(row)
+    ]
+    changed = gaps + [row for row in found if not lacking(row)]
+    rows = small(tmp_path, ["baseline", "snapkv-0.5"], {f"retrieval/{MODEL}/snapkv-0.5.parquet": changed})
+    point = one(rows, "snapkv-0.5", "retrieval_accuracy", "needle/1024/0.5")
+    assert (point["status"], point["status_reason"], point["value"]) == ("unsupported", "too long", None)
+    assert one(rows, "snapkv-0.5", "retrieval_accuracy", "words")["status"] == "unsupported"
+    assert one(rows, "snapkv-0.5", "retrieval_accuracy", "needle")["n"] == 5 * made.SAMPLES
+
+
+def test_a_retrofit_is_compared_with_its_bases_baseline_and_control(tmp_path: Path) -> None:
+    written = made.write(tmp_path)
+    plan = made.plan()
+    plan["cells"] = [cell for cell in plan["cells"] if cell["method"] in ("baseline", "random-0.5", "snapkv-0.5")]
+    plan["cells"][1] = plan["cells"][1] | {"model": "retrofit"}  # snapkv-0.5
+    for path in (paths[made.METHODS.index("snapkv-0.5")] for paths in written.values() if len(paths) > 1):
+        moved = path.parent.parent / "retrofit" / path.name
+        moved.parent.mkdir()
+        path.rename(moved)
+    kl = one(quality_stats.merge(plan, tmp_path), "snapkv-0.5", "kl_mean", "all")
+    assert (kl["model"], kl["baseline"], kl["control"]) == ("retrofit", "baseline", "random-0.5")
+    assert kl["difference"] > 0 > kl["control_difference"] and kl["verdict"] == "worse"
+
+
+def test_texts_of_a_padded_batch_are_compared_with_the_baselines_of_one(tmp_path: Path) -> None:
+    files = {}
+    for method in ("baseline", "snapkv-0.5"):
+        alone = made.outputs(method)
+        batch = [
+            row | {"way": "batch", "text": "x " + row["text"], "token_ids": [0, *row["token_ids"]]} for row in alone
+        ]
+        files[f"outputs/{MODEL}/{method}.parquet"] = alone + batch
+    rows = small(tmp_path, ["baseline", "snapkv-0.5"], files)
+    alone, batch = (one(rows, "snapkv-0.5", "common_prefix_tokens", part) for part in ("outputs", "outputs/batch"))
+    assert batch["value"] == alone["value"] + 1 and batch["n"] == alone["n"] == 6
 
 
 def test_buckets_go_on_doubling() -> None:

@@ -1,5 +1,6 @@
 """A variant's answers: over what its method kept, as each prompt alone gives them, scored into rows."""
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import dms_reference
 import tiny
 import tinyrun
 from kvbench import book, haystack, jobs, methods, needles, recall, retrieval, sources
+from kvbench.dms import evict
 from kvbench.haystack import Prompt
 from kvbench.needles import Point
 
@@ -23,12 +26,14 @@ ADAKV = {"press": "AdaKVPress", "args": {"press": SNAP}}
 PYRAMID = {"press": "PyramidKVPress", "args": HALF}
 ROTATED = {"press": "KeyRerotationPress", "args": {"press": KNORM}}
 CHUNK = {"press": "ChunkKVPress", "args": {"press": KNORM}}
+CRITICAL = {"press": "CriticalAdaKVPress", "args": {"press": SNAP}}
+SIMLAYER = {"press": "SimLayerKVPress", "args": {"lazy_threshold": 0.5, "n_recent": 40}}
 DECODING = {
     "press": "DecodingPress",
     "args": {"base_press": {"press": "KnormPress", "args": {}}, "compression_interval": 3, "target_size": 40},
 }
 SPECS = {"dense": {}, "knorm": KNORM, "snap": SNAP, "random": RANDOM, "adakv": ADAKV, "pyramid": PYRAMID,
-         "rotated": ROTATED, "chunk": CHUNK}  # fmt: skip
+         "rotated": ROTATED, "chunk": CHUNK, "critical-adakv": CRITICAL, "simlayer": SIMLAYER}  # fmt: skip
 REQUEST = {"tasks": ["needle"], "samples": 3, "prompt_tokens": [400], "depths": [0.5], "query_aware": False}
 
 
@@ -104,6 +109,20 @@ def test_what_was_kept_is_measured(tokenizer: Any, spec: dict[str, Any], kept: f
     (found,) = recall.answers(tiny.model(), tokenizer, method, prompts([(150, 20)]), query_aware=False)
     assert found["kept_fraction"] == pytest.approx(kept, abs=0.02)
     assert found["simulated"] is simulated
+
+
+def test_dms_answers_over_its_own_cache_by_the_rule(tokenizer: Any, tmp_path: Path) -> None:
+    heads, model, ids = dms_reference.heads(0.3, 12), copy.deepcopy(tiny.model()), tiny.ids(2, 160)
+    evict.save(heads, tmp_path)
+    method = methods.build({"dms": {"adapter": str(tmp_path), "checkpoint": None, "revision": None}})
+    asked = [Prompt(row[:145], row[145:], 6) for row in ids.tolist()]
+    for row, found in zip(ids, recall.answers(model, tokenizer, method, asked, query_aware=False), strict=True):
+        whole = row[None]
+        for _ in range(6):
+            logits = dms_reference.Reference(copy.deepcopy(tiny.model()), heads, whole).logits
+            whole = torch.cat([whole, logits[:, -1:].argmax(-1)], 1)
+        assert found["answer"] == tokenizer.decode(whole[0, 160:], skip_special_tokens=True)
+        assert 0.1 < found["kept_fraction"] < 0.9 and not found["simulated"]
 
 
 @pytest.fixture(scope="module")

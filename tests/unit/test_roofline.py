@@ -123,10 +123,12 @@ def test_a_tied_embedding_is_read_once_and_whole() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 9), st.integers(0, 300), st.integers(2, 60), st.sampled_from([2, 4]))
-def test_the_mean_step_is_the_mean_of_all_steps(batch: int, cached: int, new: int, itemsize: int) -> None:
-    steps = [roofline.decode_step(QWEN, batch, cached + i, itemsize) for i in range(new - 1)]
-    mean = roofline.mean_decode_step(QWEN, batch, cached, new, itemsize)
+@given(st.integers(1, 9), st.integers(0, 300), st.integers(2, 60), st.sampled_from([2, 4]), st.floats(0, 1))
+def test_the_mean_step_is_the_mean_of_all_steps(
+    batch: int, cached: int, new: int, itemsize: int, growth: float
+) -> None:
+    steps = [roofline.decode_step(QWEN, batch, cached + growth * i, itemsize) for i in range(new - 1)]
+    mean = roofline.mean_decode_step(QWEN, batch, cached, new, itemsize, growth)
     assert mean.bytes == pytest.approx(sum(step.bytes for step in steps) / len(steps), rel=1e-12)
     assert mean.flops == pytest.approx(sum(step.flops for step in steps) / len(steps), rel=1e-12)
 
@@ -244,7 +246,7 @@ TOKEN = 8 * 147_456
 
 def facts(**changes: Any) -> dict[str, Any]:
     config = json.loads((SHAPES[0].parent / "Qwen--Qwen3-8B.json").read_text())
-    known = {"model_config": config, "dtype": "torch.bfloat16", "device": DEVICE}
+    known = {"model_config": config, "dtype": "torch.bfloat16", "device": DEVICE, "variant": {"spec": KNORM}}
     return known | {"weights_bytes": 2 * QWEN.parameters} | changes
 
 
@@ -276,6 +278,13 @@ def test_a_cache_that_shrinks_while_decoding_has_no_closed_form(end: int | None)
     assert found is not None and found.decode is None
     values = found.of_repeat(2.0, 0.01)
     assert values["mbu"] is None and values["fastest_tpot_s"] is None and values["mfu"] is not None
+
+
+def test_dms_evicts_evenly_while_decoding() -> None:
+    dms = facts(variant={"spec": {"dms": {"adapter": "x"}}})
+    found = limits.of_cell(CELL, held(300 * TOKEN, 304 * TOKEN), dms, RATES)
+    assert found is not None and found.decode is not None
+    assert found.decode.bytes == pytest.approx(roofline.decode_step(QWEN, 8, 301.8, 2).bytes, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,34 @@ def test_a_cell_is_the_median_of_its_repeats(tmp_path: Path) -> None:
     assert row["simulated"] is False and row["baseline"] == "baseline" and row["mbu"] is None
 
 
+def test_throttled_repeats_are_kept_apart(tmp_path: Path) -> None:
+    runs = [{"ttft_s": 1.0, "tpot_s": 0.1, "throttled": False}] * 2
+    runs += [{"ttft_s": 9.0, "tpot_s": 0.9, "throttled": True, "slowed_by": "hardware thermal slowdown"}]
+    write(tmp_path, runs, prefill())
+    measurements, (row,) = stats.merge(plan(), tmp_path)
+    assert len(measurements) == 3
+    assert (row["ttft_s"], row["ttft_s_high"], row["repeats"], row["throttled_repeats"]) == (1.0, 1.0, 2, 1)
+    assert row["slowed_by"] == "hardware thermal slowdown" and row["tpot_noise"] == 0.0
+
+
+def test_a_cell_that_was_throttled_throughout_still_has_its_numbers(tmp_path: Path) -> None:
+    write(tmp_path, [{"ttft_s": 9.0, "throttled": True}] * 3, prefill())
+    row = stats.merge(plan(), tmp_path)[1][0]
+    assert (row["ttft_s"], row["repeats"], row["throttled_repeats"]) == (9.0, 3, 3)
+
+
+def test_energy_is_that_of_its_own_windows_and_capacity_what_was_searched(tmp_path: Path) -> None:
+    write(tmp_path, [{"ttft_s": 1.0}], prefill(), {"energy_j_per_token": [3.0, 1.0, 2.0]})
+    (tmp_path / "capacity/m/knorm").mkdir(parents=True)
+    found = {"status": "ok", "largest_batch": 96, "longest_prompt_tokens": 4096}
+    (tmp_path / "capacity/m/knorm/w.json").write_text(json.dumps(found))
+    asked = plan()
+    asked["protocol"]["capacity"] = True
+    row = stats.merge(asked, tmp_path)[1][0]
+    assert [row[f"energy_j_per_token{end}"] for end in ("", "_low", "_high")] == [2.0, 1.0, 3.0]
+    assert (row["largest_batch"], row["longest_prompt_tokens"]) == (96, 4096)
+
+
 @pytest.mark.parametrize(("end", "simulated"), [(280, True), (140, False)])
 def test_simulated_is_told_by_bytes(tmp_path: Path, end: int, simulated: bool) -> None:
     full = {"kv_cache_bytes": 200, "kv_cache_allocated_bytes": 200}
@@ -126,6 +154,7 @@ def limited(folder: Path, protocol: str = "standard", device: str = "cpu: x (2 t
     cache = {"kv_cache_bytes": 5 * TOKEN, "kv_cache_allocated_bytes": 5 * TOKEN, "kv_cache_full_bytes": 10 * TOKEN}
     repeats = [{"ttft_s": t, "tpot_s": t, "total_s": 9.0, "kv_cache_end_bytes": 9 * TOKEN} for t in (2.0, 1.0, 4.0)]
     known = {"model_config": QWEN2, "dtype": "torch.float32", "weights_bytes": 4 * PARAMETERS}
+    known["variant"] = {"spec": {"press": "KnormPress", "args": {"compression_ratio": 0.5}}}
     write(folder, repeats, prefill(**cache), known)
     measured = {"copy": {"bytes_per_s": 1e3}, "matmul": {"float32": {"flops_per_s": 1e5}}}
     (folder / "device").mkdir()

@@ -24,7 +24,8 @@ def test_the_articles_experiment(tmp_path: Path) -> None:
     assert done.status == 0, done.output
     assert done.jobs == {
         "fetch_model": 2, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 3, "generation": 3,
-        "outputs": 3, "device_rates": 1, "plan": 1, "stats": 1, "bars": 1, "roofline": 1, "report": 1,
+        "outputs": 3, "windows": 1, "quality": 3, "retrieval": 3, "device_rates": 1, "plan": 1, "stats": 1,
+        "quality_stats": 1, "bars": 1, "roofline": 1, "quality_plots": 3, "report": 1,
     }  # fmt: skip
     commands = [
         line.partition("Shell command: ")[2] for line in done.output.splitlines() if "Shell command: kvbench" in line
@@ -52,6 +53,27 @@ def test_the_articles_experiment(tmp_path: Path) -> None:
         texts = command("kvbench outputs ", f"results/outputs/{model}/{method}.parquet")
         assert "--count 10 --new-tokens 100 --max-prompt-tokens 1024" in texts
     assert '"compression_ratio":0.8' in command("kvbench measure generation", "knorm-0.8")
+    judged = command("kvbench quality ", "results/quality/qwen3-8b-dms/dms-8x.parquet")
+    assert "--windows results/windows/qwen3-8b.parquet --original results/models/qwen3-8b/manifest.json" in judged
+    assert "--plan results/plan.json" in command("kvbench quality_stats ", "--output results/quality.parquet")
+
+
+def test_what_the_config_leaves_out_of_quality_is_not_run(tmp_path: Path) -> None:
+    nothing = {"windows": 0, "retrieval": {"samples": 0}}
+    config = tinyrun.make(tmp_path, quality=nothing, outputs={"prompts": 0})
+    jobs = snakemake(ROOT, tmp_path, config, "--dry-run").jobs
+    left_out = {"windows", "quality", "retrieval", "outputs", "quality_plots"}
+    assert jobs["quality_stats"] == 1 and not left_out & jobs.keys()
+    jobs = snakemake(ROOT, tmp_path, tinyrun.make(tmp_path), "--dry-run", "--until", "quality_stats").jobs
+    assert jobs == {
+        "fetch_model": 1, "fetch_dataset": 1, "prompts": 1, "outputs": 2, "windows": 1, "quality": 2, "retrieval": 2,
+        "plan": 1, "quality_stats": 1,
+    }  # fmt: skip
+
+
+def test_random_weights_have_no_figures_of_quality(tmp_path: Path) -> None:
+    jobs = snakemake(ROOT, tmp_path, ROOT / "config/shapes.yaml", "--dry-run").jobs
+    assert jobs["quality_stats"] == jobs["report"] == 1 and "quality_plots" not in jobs
 
 
 @pytest.mark.parametrize("entry", ["Snakefile", "workflow/Snakefile"])

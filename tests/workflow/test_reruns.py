@@ -14,8 +14,8 @@ pytestmark = pytest.mark.xdist_group("reruns")
 
 EVERYTHING = {
     "fetch_model": 1, "fetch_dataset": 1, "prompts": 1, "workload": 1, "prefill": 2, "generation": 2, "outputs": 2,
-    "windows": 1, "quality": 2, "device_rates": 1, "plan": 1, "stats": 1, "quality_stats": 1, "bars": 1,
-    "roofline": 1, "report": 1,
+    "windows": 1, "quality": 2, "retrieval": 2, "device_rates": 1, "plan": 1, "stats": 1, "quality_stats": 1, "bars": 1,
+    "roofline": 1, "quality_plots": 3, "report": 1,
 }  # fmt: skip
 KVBENCH = "workflow/scripts/kvbench"
 
@@ -68,15 +68,17 @@ def statement(text: str) -> str:
 
 DRAWING = {"bars": 1, "roofline": 1, "report": 1}
 JUDGING = {"windows": 1, "quality": 2}
-JUDGED = {"quality_stats": 1, "report": 1}
-DEVICE = {"prefill": 2, "generation": 2, "outputs": 2} | JUDGING | JUDGED
+JUDGED = {"quality_stats": 1, "quality_plots": 3, "report": 1}
+DEVICE = {"prefill": 2, "generation": 2, "outputs": 2, "retrieval": 2} | JUDGING | JUDGED
 AFTER = {"stats": 1} | DRAWING
 
 
 @pytest.mark.parametrize(
     ("module", "jobs"),
     [
-        ("plots", DRAWING),
+        ("plots", {"bars": 1, "report": 1}),
+        ("sheets", DRAWING | {"quality_plots": 3}),
+        ("quality_plots", {"quality_plots": 3, "report": 1}),
         ("report", {"report": 1}),
         ("roofline_plot", {"roofline": 1, "report": 1}),
         ("stats", AFTER),
@@ -84,7 +86,9 @@ AFTER = {"stats": 1} | DRAWING
         ("rates", {"device_rates": 1} | AFTER),
         ("device", {"device_rates": 1} | DEVICE | AFTER),
         ("architecture", DEVICE | AFTER),
-        ("answers", {"outputs": 2} | JUDGED),
+        ("answers", {"outputs": 2, "retrieval": 2} | JUDGED),
+        ("needles", {"retrieval": 2} | JUDGED),
+        ("book", {"retrieval": 2} | JUDGING | JUDGED),
         ("distribution", {"quality": 2} | JUDGED),
         ("windows", JUDGING | JUDGED),
         ("verdicts", JUDGED),
@@ -92,9 +96,9 @@ AFTER = {"stats": 1} | DRAWING
         ("text_metrics", JUDGED),
         ("measure", {"prefill": 2, "generation": 2} | AFTER),
         ("decode", DEVICE | AFTER),
-        ("cache", DEVICE | AFTER),
+        ("cache", DEVICE | AFTER | {"windows": 0}),
         ("methods", DEVICE | AFTER),
-        ("prompts", EVERYTHING | {"fetch_model": 0, "fetch_dataset": 0, "device_rates": 0, "plan": 0}),
+        ("prompts", EVERYTHING | {"fetch_model": 0, "fetch_dataset": 0, "device_rates": 0, "retrieval": 0, "plan": 0}),
         ("workload", {"workload": 1, "prefill": 2, "generation": 2} | JUDGING | JUDGED | AFTER),
         ("config", {}),
         ("grid", {}),
@@ -137,7 +141,7 @@ def knorm(ratio: float) -> dict[str, Any]:
     return {"press": "KnormPress", "args": {"compression_ratio": ratio}}
 
 
-ONE = {"prefill": 1, "generation": 1, "outputs": 1, "quality": 1} | JUDGED
+ONE = {"prefill": 1, "generation": 1, "outputs": 1, "quality": 1, "retrieval": 1} | JUDGED
 
 
 def test_an_edited_press_argument_reruns_that_variant_only(run: Run) -> None:

@@ -95,3 +95,19 @@ def test_the_capital_of_france(manifest, tokenizer, dtype):
     out = model.generate(**chat, max_new_tokens=20, do_sample=False)
     answer = tokenizer.decode(out[0, chat["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_it_finds_a_needle_in_a_book(manifest, tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kvbench import haystack, needles, recall
+    from kvbench.methods import Dense
+
+    model = AutoModelForCausalLM.from_pretrained(manifest.path, dtype=torch.float32)
+    points = needles.points({"tasks": ["needle"], "prompt_tokens": [512], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]})
+    quizzes = [needles.quiz(point, sample) for point in points for sample in range(5)]
+    prompts = [haystack.prompt(tokenizer, quiz, 512) for quiz in quizzes]
+    answers = recall.answers(model, tokenizer, Dense(), prompts, query_aware=False)
+    scores = [needles.score(quiz.expected, found["answer"]) for quiz, found in zip(quizzes, answers, strict=True)]
+    assert sum(scores) >= 24

@@ -23,7 +23,8 @@ class Limits:
 
     Attributes
     ----------
-    decode : the mean decode step; None where the cache did not grow by a token a step, so that it has no closed form.
+    decode : the mean decode step; None where a press compresses now and then while decoding, so that what a step
+        finds in the cache has no closed form.
     dtype : name of the dtype of weights and cache.
     """
 
@@ -57,7 +58,7 @@ def of_cell(cell: Mapping[str, Any], cache: Row, facts: Row, rates: Mapping[str,
     cell : ``batch_size``, ``prompt_tokens`` and ``new_tokens``.
     cache : ``kv_cache_bytes`` (live), ``kv_cache_full_bytes`` and ``kv_cache_end_bytes`` (live, after the last token);
         and ``simulated``, where the step reads the whole cache whatever lives in it.
-    facts : the job's ``model_config``, ``dtype``, ``weights_bytes`` and ``device``.
+    facts : the job's ``model_config``, ``dtype``, ``weights_bytes``, ``device`` and ``variant``.
     rates : by device.
     """
     dtype = str(facts.get("dtype", "")).removeprefix("torch.")
@@ -70,15 +71,19 @@ def of_cell(cell: Mapping[str, Any], cache: Row, facts: Row, rates: Mapping[str,
         if facts["weights_bytes"] != model.parameters * itemsize:
             return None  # quantized, or not the architecture that its config names
         prompt = prefill(model, batch, cell["prompt_tokens"], itemsize)
-        return Limits(prompt, _decode(model, cell, cache, itemsize), found, dtype)
+        return Limits(prompt, _decode(model, cell, cache, facts, itemsize), found, dtype)
     except Unsupported:
         return None
 
 
-def _decode(model: Architecture, cell: Mapping[str, Any], cache: Row, itemsize: int) -> Work | None:
+def _decode(model: Architecture, cell: Mapping[str, Any], cache: Row, facts: Row, itemsize: int) -> Work | None:
     live, end = cache.get("kv_cache_bytes"), cache.get("kv_cache_end_bytes")
+    if live is None or end is None:
+        return None
     token = cell["batch_size"] * model.kv_elements * itemsize
-    if live is None or end is None or end < live + (cell["new_tokens"] - 1) * token:
+    growth = min(1.0, (end - live) / token / (cell["new_tokens"] - 1))
+    # DMS evicts at most one token a step and head, so its cache grows evenly; a decoding press cuts it at intervals
+    if growth < 1 and "dms" not in facts["variant"]["spec"]:
         return None
     read = max(live, cache["kv_cache_full_bytes"]) if cache["simulated"] else live
-    return mean_decode_step(model, cell["batch_size"], read / token, cell["new_tokens"], itemsize)
+    return mean_decode_step(model, cell["batch_size"], read / token, cell["new_tokens"], itemsize, growth)

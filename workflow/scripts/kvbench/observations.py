@@ -1,7 +1,7 @@
 """What a variant's jobs observed, as frames that line up with its baseline's, and how they are sliced."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Observed:
         a metric.
     kept : mean live bytes over full bytes after compression; None where that was not measured.
     simulated : whether no byte was freed.
+    gaps : status and reason by name, for the slices and parts of an ``ok`` job that did not come out.
     """
 
     status: str
@@ -36,6 +37,7 @@ class Observed:
     frame: pd.DataFrame
     kept: float | None
     simulated: bool | None
+    gaps: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,16 @@ def _tokens(table: pd.DataFrame) -> Observed:
 def retrieval(path: Path) -> Observed:
     """A retrieval job's file; a part is a point: task/prompt tokens/depth."""
     table = pq.read_table(path).to_pandas()
-    ok = table[table["status"] == "ok"]
-    if ok.empty:
+    if not (table["status"] == "ok").any():
         return _nothing(table)
-    depth = [f"/{depth:g}" if pd.notna(depth) else "" for depth in ok["depth"]]
-    ok = ok.assign(slice=ok["task"], part=ok["task"] + "/" + ok["prompt_tokens"].astype(int).astype(str) + depth)
-    return _observed(ok, ["part", "sample"], RETRIEVAL)
+    depth = [f"/{depth:g}" if pd.notna(depth) else "" for depth in table["depth"]]
+    table = table.assign(
+        slice=table["task"], part=table["task"] + "/" + table["prompt_tokens"].astype(int).astype(str) + depth
+    )
+    ok, lacking = table[table["status"] == "ok"], table[table["status"] != "ok"]
+    lacking = pd.concat([lacking[~lacking["task"].isin(ok["task"])].assign(part=lambda rows: rows["task"]), lacking])
+    gaps = {row.part: (row.status, row.status_reason) for row in lacking.itertuples()}
+    return replace(_observed(ok, ["part", "sample"], RETRIEVAL), gaps=gaps)
 
 
 def texts(path: Path, baseline: Path | None) -> Observed:

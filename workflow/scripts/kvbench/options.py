@@ -338,9 +338,9 @@ class Retrieval(Strict):
     """Facts hidden in real text and asked for, scored by exact match."""
 
     tasks: list[Literal["needle", "multikey", "variables", "words"]] = ["needle", "multikey", "variables", "words"]
-    """`needle`: a fact; `multikey`: one of several alike; `variables`: assignments; `words`: commonest words."""
+    """`needle`: a fact; `multikey`: one of several alike; `variables`: assignments; `words`: commonest word."""
     samples: int = Field(50, ge=0)
-    """Samples a point (task × length × depth); 0 for none. Fewer than 50 cannot tell methods apart."""
+    """Samples a point (task × length × depth); 0 for none. Fewer than 50 over all depths cannot tell methods apart."""
     prompt_tokens: list[Annotated[int, Field(ge=128)]] = [512, 1024, 2048]
     """Lengths of the prompt."""
     depths: list[Annotated[float, Field(ge=0, le=1)]] = [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -132,8 +132,9 @@ def _table(scores: Scores, columns: Sequence[Column]) -> dict[str, Any]:
 
 
 def _line(scores: Scores, variant: Row, columns: Sequence[Column], colour: str) -> dict[str, Any]:
-    gaps = scores.gaps(variant["variant"])
-    rows = [scores.row(variant["variant"], column.metric, column.part) for column in columns]
+    name = str(variant["variant"])
+    gaps = scores.gaps(name)
+    rows = [scores.row(name, column.metric, column.part) for column in columns]
     kept = variant["kept_fraction"]
     verdict = quality_words.verdict_words(scores, variant)
     return {
@@ -146,7 +147,8 @@ def _line(scores: Scores, variant: Row, columns: Sequence[Column], colour: str) 
         "kept": f"{100 * kept:.3g}%" if kept is not None else "–",
         "kept_sort": "" if kept is None else repr(kept),
         "cells": [
-            _cell(column, row, gaps.get(STAGES[column.metric])) for column, row in zip(columns, rows, strict=True)
+            _cell(column, row, scores.gap(name, column.metric, column.part) or gaps.get(STAGES[column.metric]))
+            for column, row in zip(columns, rows, strict=True)
         ],
     }
 

@@ -164,14 +164,19 @@ def _floor(base: Seen | None) -> Observed | None:
 
 
 def _control(variant: Variant, seen: dict[str, Seen], variants: list[Variant]) -> str | None:
-    """Label of the random variant of the same model whose kept fraction is nearest, if it is near enough."""
+    """Label of the random variant whose kept fraction is nearest, if it is near enough.
+
+    Of the same model, or (a retrofit) of the one that its baseline is of.
+    """
     kept = seen[variant.label].kept
     if variant.random or kept is None:
         return None
     distances = {
         other.label: abs(found - kept)
         for other in variants
-        if other.random and other.model == variant.model and (found := seen[other.label].kept) is not None
+        if other.random
+        and (other.model == variant.model or (other.baseline is not None and other.baseline == variant.baseline))
+        and (found := seen[other.label].kept) is not None
     }
     nearest = min(distances, key=lambda label: distances[label], default=None)
     return nearest if nearest is not None and distances[nearest] <= SAME_BUDGET else None
@@ -180,12 +185,18 @@ def _control(variant: Variant, seen: dict[str, Seen], variants: list[Variant]) -
 def _stage(
     known: Row, metrics: tuple[Metric, ...], mine: Observed, against: Against, headlines: list[str]
 ) -> Iterator[Row]:
-    """The rows of one stage; of a stage that did not come out, its status under the headline slices."""
-    known = known | {"status": mine.status, "status_reason": mine.reason}
-    if mine.status != "ok":
-        for metric in metrics:
-            yield from (_blank(known, metric, headline) for headline in headlines)
-        return
+    """The rows of one stage; what did not come out of it has its status, the whole stage under its headline slices."""
+    gaps = mine.gaps if mine.status == "ok" else dict.fromkeys(headlines, (mine.status, mine.reason))
+    for metric in metrics:
+        for name, (status, reason) in gaps.items():
+            level = "whole" if name in headlines else "part"
+            about = {"metric": metric.name, "slice": name, "level": level, "status": status, "status_reason": reason}
+            yield dict.fromkeys(_NUMBERS) | known | about
+    if mine.status == "ok":
+        yield from _summed(known | {"status": "ok", "status_reason": None}, metrics, mine, against)
+
+
+def _summed(known: Row, metrics: tuple[Metric, ...], mine: Observed, against: Against) -> Iterator[Row]:
     baseline, control = (
         o.frame.reindex(mine.frame.index) if o is not None and o.status == "ok" else None for o in against
     )
@@ -195,10 +206,6 @@ def _stage(
             row = summaries.summary(metric, part, compared)
             if row is not None:
                 yield known | {"metric": metric.name, "slice": part.name, "level": part.level} | row
-
-
-def _blank(known: Row, metric: Metric, headline: str) -> Row:
-    return dict.fromkeys(_NUMBERS) | known | {"metric": metric.name, "slice": headline, "level": "whole"}
 
 
 def _adjust(rows: list[Row]) -> None:

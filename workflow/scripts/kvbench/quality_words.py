@@ -21,6 +21,7 @@ _FIGURES = {
     "perplexity_ratio": "perplexity",
     "collapsed": "collapsed texts",
 }
+_SAID = ("kl_mean", "retrieval_accuracy")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -75,17 +76,26 @@ def tally_words(scores: Scores) -> str:
 def price(scores: Scores, variant: str) -> str:
     """What a variant's speed or size costs, as the end of a sentence; "" where nothing was judged."""
     row = next((row for row in scores.variants if row["variant"] == variant), None)
-    if row is None or row["verdict"] is None:
+    if row is None or row["verdict"] is None or (row["verdict"] == "unknown" and not _evidence(scores, row)):
         return ""
-    evidence = _joined([_kl(scores, row), _retrieval(scores, row)])
-    texts = _collapsed(scores, row)
-    return {
-        "collapsed": f"; its texts collapsed ({_joined([texts, evidence])})",
-        "worse": f"; worse than the baseline in quality ({evidence or texts})",
-        "better": f"; better than the baseline in quality ({evidence})",
-        "indistinguishable": f"; indistinguishable from the baseline in quality ({evidence})",
-        "unknown": f"; whether that costs quality is not decided ({evidence or texts})",
-    }[row["verdict"]].replace(" ()", "")
+    start = {
+        "collapsed": "its texts collapsed",
+        "worse": "worse than the baseline in quality",
+        "better": "better than the baseline in quality",
+        "indistinguishable": "indistinguishable from the baseline in quality",
+        "unknown": "whether that costs quality is not decided",
+    }[row["verdict"]]
+    return f"; {start}{_evidence(scores, row)}"
+
+
+def _evidence(scores: Scores, variant: Row) -> str:
+    """Texts where they collapsed, KL, the task on which most is lost, and what else is clear where these are not."""
+    rows = [row for row in deciding(scores, variant) if row["verdict"] == variant["verdict"]]
+    clear = variant["verdict"] in ("better", "worse") and not any(row["metric"] in _SAID for row in rows)
+    others = [figure_name(row) for row in rows] if clear else []
+    texts = _collapsed(scores, variant) if variant["verdict"] == "collapsed" else ""
+    said = _joined([texts, _kl(scores, variant), _retrieval(scores, variant), *others])
+    return f" ({said})" if said else ""
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -98,9 +108,13 @@ def _kl(scores: Scores, variant: Row) -> str:
 
 
 def _retrieval(scores: Scores, variant: Row) -> str:
-    """The task on which most is lost; one that the baseline fails has no verdict and says nothing."""
+    """The task on which most is lost; one without a baseline, or that it fails, says nothing."""
     found = [scores.row(variant["variant"], "retrieval_accuracy", task) for task in scores.tasks]
-    judged = [row for row in found if row is not None and row["verdict"] is not None]
+    judged = [
+        row
+        for row in found
+        if row is not None and row["verdict"] is not None and None not in (row["value"], row["baseline_value"])
+    ]
     if not judged:
         return ""
     worst = min(judged, key=lambda row: float(row["difference"] or 0.0))
@@ -139,19 +153,8 @@ def _by_kl(scores: Scores, verdict: str) -> list[Row]:
 
 
 def _named(scores: Scores, variants: Sequence[Row]) -> str:
-    """Each variant with its KL, the task on which it loses most, and its collapsed texts if it has collapsed."""
-    said = []
-    for row in variants:
-        texts = _collapsed(scores, row) if row["verdict"] == "collapsed" else ""
-        parts = _joined([texts, _kl(scores, row), _retrieval(scores, row)])
-        said.append(f"{_name(row)} ({parts or _clear(scores, row)})".replace(" ()", ""))
-    return "; ".join(said)
-
-
-def _clear(scores: Scores, variant: Row) -> str:
-    """The deciding figures that differ, for a variant with neither KL nor retrieval."""
-    rows = deciding(scores, variant)
-    return _joined(figure_name(row) for row in rows if row["verdict"] in ("better", "worse", "collapsed"))
+    """Each variant with what its verdict rests on."""
+    return "; ".join(_name(row) + _evidence(scores, row) for row in variants)
 
 
 def _name(variant: Row) -> str:
@@ -185,7 +188,7 @@ def _against_random(scores: Scores) -> list[str]:
     for variant in scores.variants:
         ways: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
         for row in deciding(scores, variant):
-            if row["control_low"] is not None and row["metric"] in ("kl_mean", "retrieval_accuracy"):
+            if row["control_low"] is not None and row["metric"] in _SAID:
                 ways[_way(row)].append(figure_name(row))
         key = tuple((f"{way} {variant['control']}", tuple(names)) for way, names in ways.items() if names)
         if key:
@@ -241,13 +244,20 @@ def _failed(scores: Scores) -> list[str]:
 
 def _gaps(scores: Scores) -> list[str]:
     """What did not come out and why, variants with the same reason together."""
-    told: dict[tuple[str, str], dict[str, list[str]]] = {}
+    told: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for variant in scores.variants:
+        reasons: dict[tuple[str, str], list[str]] = {}
         for stage, row in scores.gaps(variant["variant"]).items():
             key = str(row["status"]), str(row.get("status_reason") or "no reason recorded")
-            told.setdefault(key, {}).setdefault(variant["variant"], []).append(stage)
+            reasons.setdefault(key, []).append(stage)
+        for (status, reason), stages in reasons.items():
+            told.setdefault((status, reason, tuple(stages)), []).append(variant["variant"])
     return [
-        f"{words.listing([f'{label} ({words.listing(stages)})' for label, stages in labels.items()])}:"
+        f"{words.listing(list(stages))} of {_all_of(labels, scores)}:"
         f" {words.STATUS_WORDS.get(status, status)}, {words.shorten(reason, 200)}"
-        for (status, reason), labels in told.items()
+        for (status, reason, stages), labels in told.items()
     ]
+
+
+def _all_of(labels: list[str], scores: Scores) -> str:
+    return "every variant" if len(labels) == len(scores.variants) > 1 else words.listing(labels)

@@ -1,6 +1,6 @@
 """The job of a variant's retrieval, from files to files."""
 
-from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -9,7 +9,7 @@ from tqdm import tqdm
 from kvbench import jobs, needles, tables
 from kvbench.errors import Unsupported
 from kvbench.jobs import Job
-from kvbench.needles import Point
+from kvbench.needles import Point, Quiz
 
 RETRIEVAL = pa.schema(
     [
@@ -36,7 +36,7 @@ RETRIEVAL = pa.schema(
 def retrieval(job: Job, request: dict[str, Any]) -> None:
     """Write what a variant finds of what was hidden in texts, one row a sample.
 
-    A point (task × length × depth) that cannot be run as asked is one row with its status and reason.
+    A task that cannot be run at a length has one row a depth with its status and reason; the others go on.
 
     Parameters
     ----------
@@ -54,8 +54,9 @@ def retrieval(job: Job, request: dict[str, Any]) -> None:
         ready = jobs.ready(job, facts)
         ready.method.check(ready.model, 1)
         tokenizer = AutoTokenizer.from_pretrained(manifest.tokenizer, trust_remote_code=manifest.trust_remote_code)
-        points = tqdm(needles.points(request), desc="retrieval", unit="point", mininterval=1.0)
-        return [row for point in points for row in _rows(ready, tokenizer, point, request)]
+        alike = groupby(needles.points(request), lambda point: (point.task, point.prompt_tokens))
+        parts = tqdm([list(points) for _, points in alike], desc="retrieval", unit="task", mininterval=1.0)
+        return [row for points in parts for row in _rows(ready, tokenizer, points, request)]
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
         overall = {key: job.variant[key] for key in ("model", "method")} | {"status": status, "status_reason": reason}
@@ -65,25 +66,32 @@ def retrieval(job: Job, request: dict[str, Any]) -> None:
     jobs.run(job, work, write)
 
 
-def _rows(ready: Any, tokenizer: Any, point: Point, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """A point's samples, or one row that says why there are none."""
-    status, reason, rows = jobs.attempt(lambda: list(_samples(ready, tokenizer, point, request)))
+def _rows(ready: Any, tokenizer: Any, points: list[Point], request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The samples of a task at one length, or one row a depth that says why there are none."""
+    status, reason, rows = jobs.attempt(lambda: _samples(ready, tokenizer, points, request))
     if reason is not None:
-        print(f"{point.task}, {point.prompt_tokens} tokens: {status}: {reason}", flush=True)
-    known = vars(point) | {"query_aware": request["query_aware"]}
-    return [known | row for row in rows] if rows is not None else [known | {"status": status, "status_reason": reason}]
+        print(f"{points[0].task}, {points[0].prompt_tokens} tokens: {status}: {reason}", flush=True)
+    if rows is None:
+        rows = [vars(point) | {"status": status, "status_reason": reason} for point in points]
+    return [row | {"query_aware": request["query_aware"]} for row in rows]
 
 
-def _samples(ready: Any, tokenizer: Any, point: Point, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _samples(ready: Any, tokenizer: Any, points: list[Point], request: dict[str, Any]) -> list[dict[str, Any]]:
     from kvbench import haystack, recall
 
-    quizzes = [needles.quiz(point, sample) for sample in range(request["samples"])]
-    prompts = [haystack.prompt(tokenizer, quiz, point.prompt_tokens) for quiz in quizzes]
-    longest = point.prompt_tokens + max(prompt.new_tokens for prompt in prompts)
+    asked = [(point, sample) for point in points for sample in range(request["samples"])]
+    quizzes = [needles.quiz(point, sample) for point, sample in asked]
+    prompts = [
+        haystack.prompt(tokenizer, quiz, point.prompt_tokens) for (point, _), quiz in zip(asked, quizzes, strict=True)
+    ]
+    longest = points[0].prompt_tokens + max(prompt.new_tokens for prompt in prompts)
     if ready.manifest.context is not None and longest > ready.manifest.context:
         raise Unsupported(f"prompt and answer take {longest} tokens, the model's context is {ready.manifest.context}")
     answers = recall.answers(ready.model, tokenizer, ready.method, prompts, request["query_aware"])
-    for sample, (quiz, answer) in enumerate(zip(quizzes, answers, strict=True)):
-        share = needles.score(quiz.expected, answer["answer"])
-        scored = {"expected": quiz.expected, "score": share, "correct": share == 1}
-        yield {"sample": sample, "document": quiz.document} | scored | answer
+    return [_row(*sample, quiz, answer) for sample, quiz, answer in zip(asked, quizzes, answers, strict=True)]
+
+
+def _row(point: Point, sample: int, quiz: Quiz, answer: dict[str, Any]) -> dict[str, Any]:
+    share = needles.score(quiz.expected, answer["answer"])
+    asked = vars(point) | {"sample": sample, "document": quiz.document, "expected": quiz.expected}
+    return asked | answer | {"score": share, "correct": share == 1}

@@ -123,7 +123,8 @@ def _note(found: Scores) -> str:
         if row["metric"] == "retrieval_accuracy" and "/" in row["slice"] and row["status"] == "ok"
     }
     low, high = min(counts), max(counts)
-    return f"n = {low if low == high else f'{low} to {high}'} samples a field. Darker: fewer are right."
+    count = f"{low}" if low == high else f"{low} to {high}"
+    return f"n = {count} samples a field. Darker: fewer are right. –: did not come out."
 
 
 def _frame(axes: Axes, task: Task, named: bool, last: bool) -> None:
@@ -140,7 +141,7 @@ def _frame(axes: Axes, task: Task, named: bool, last: bool) -> None:
 
 def _fields(axes: Axes, found: Scores, variant: Row, task: Task) -> None:
     """A map, or why there is none."""
-    gap = found.gaps(variant["variant"]).get("retrieval")
+    gap = found.gap(variant["variant"], "retrieval_accuracy", task.name)
     if gap is not None:
         axes.add_patch(Rectangle((0, 0), len(task.lengths), len(task.depths), facecolor=FAINT, linewidth=0))
         status = words.STATUS_WORDS.get(gap["status"], str(gap["status"]))

@@ -99,13 +99,19 @@ def decode_step(model: Architecture, batch: int, cached: float, itemsize: int) -
     return Work(moved * itemsize, 2 * done)
 
 
-def mean_decode_step(model: Architecture, batch: int, kept: float, new_tokens: int, itemsize: int) -> Work:
+def mean_decode_step(
+    model: Architecture, batch: int, kept: float, new_tokens: int, itemsize: int, growth: float = 1.0
+) -> Work:
     """The mean of a generation's decode steps.
 
-    N new tokens are N − 1 steps; step i, from 0, finds ``kept`` + i tokens cached, which is ``kept`` + (N − 2) / 2 in
-    the mean.
+    N new tokens are N − 1 steps; step i, from 0, finds ``kept`` + ``growth`` × i tokens cached, which is
+    ``kept`` + ``growth`` × (N − 2) / 2 in the mean.
+
+    Parameters
+    ----------
+    growth : tokens by which a KV head's cache grows in a step: 1 where nothing is evicted while decoding.
     """
-    return decode_step(model, batch, kept + (new_tokens - 2) / 2, itemsize)
+    return decode_step(model, batch, kept + growth * (new_tokens - 2) / 2, itemsize)
 
 
 def _check_window(model: Architecture, tokens: float) -> None:

@@ -53,6 +53,10 @@ class Scores:
         return found
 
     @cached_property
+    def _lacking(self) -> dict[tuple[str, str, str], Row]:
+        return {(row["variant"], row["metric"], row["slice"]): row for row in self.rows if row["status"] != "ok"}
+
+    @cached_property
     def variants(self) -> list[Row]:
         """One row a variant, that of its overall verdict, in the order of the run."""
         overall = {row["variant"]: row for row in self.rows if row["metric"] == "overall"}
@@ -103,11 +107,6 @@ class Scores:
         named = {row["slice"] for row in self.rows if row["metric"] in _RETRIEVAL and "/" not in row["slice"]}
         return _ordered(named, TASKS)
 
-    @property
-    def ways(self) -> list[str]:
-        """Slices of the answered prompts: each alone, and under the article's protocol in one padded batch."""
-        return sorted({part for _, metric, part in self._found if metric == "collapsed"})
-
     def distances(self, corpus: str) -> list[str]:
         """Buckets of distance from the prefix's end, near ones first."""
         start = f"{corpus}/"
@@ -121,13 +120,28 @@ class Scores:
         found = [(int(part[1]), float(part[2]) if len(part) > 2 else None) for part in split]
         return sorted(found, key=lambda point: (point[0], point[1] or 0.0))
 
+    def gap(self, variant: str, metric: str, part: str) -> Row | None:
+        """A figure that did not come out, with the status and the reason."""
+        return self._lacking.get((variant, metric, part))
+
     def gaps(self, variant: str) -> dict[str, Row]:
-        """What of a variant did not come out, by stage: a row that says why."""
-        return {
-            STAGES[row["metric"]]: row
-            for row in self.rows
-            if row["variant"] == variant and row["status"] != "ok" and row["metric"] in STAGES
-        }
+        """What of a variant did not come out, a row of each: a whole stage, or what of it by its name."""
+        own = [row for row in self.rows if row["variant"] == variant and row["metric"] in STAGES]
+        known = {STAGES[row["metric"]] for row in own if row["status"] == "ok"}
+        lacking = [row for row in own if row["status"] != "ok"]
+        tasks = {row["slice"] for row in lacking}
+        found: dict[str, Row] = {}
+        for row in lacking:
+            stage, (task, *point) = STAGES[row["metric"]], row["slice"].split("/")
+            if stage not in known:
+                found.setdefault(stage, row)
+            elif row["reference"] in FLOORS:
+                found.setdefault(f"noise floor in {FLOORS[row['reference']]}", row)
+            elif not point or task in tasks:
+                found.setdefault(TASKS.get(task, task).lower(), row)
+            else:
+                found.setdefault(f"{TASKS.get(task, task).lower()} at {int(point[0]):,} tokens", row)
+        return found
 
 
 def _ordered(names: set[str], known: dict[str, str]) -> list[str]:
