@@ -44,7 +44,7 @@ def test_every_measurement_of_a_retrofit_waits_for_it(tmp_path: Path) -> None:
     assert done.status == 0, done.output
     jobs = re.findall(r"^rule (\w+):\n    input: (.*)\n    output: (.*)$", done.output, re.M)
     waiting = {rule for rule, needed, made in jobs if f"{TRAINED}/adapter" in needed and "/mine" in made}
-    assert waiting == {"prefill", "generation", "outputs", "quality"}
+    assert waiting == {"prefill", "generation", "outputs", "quality", "retrieval"}
 
 
 def test_a_change_of_an_adapter_of_ones_own_is_seen(tmp_path: Path) -> None:
@@ -52,3 +52,19 @@ def test_a_change_of_an_adapter_of_ones_own_is_seen(tmp_path: Path) -> None:
     config = tinyrun.make(tmp_path, methods={"dms": {"dms": {"adapter": "mine"}}})
     done = snakemake(ROOT, tmp_path, config, "--dry-run")
     assert f"mine/{evict.FILE}" in done.output, done.output
+
+
+def test_only_a_models_own_text_takes_a_device(tmp_path: Path) -> None:
+    texts = {"tiny-own": "own", "tiny-chats": "conversations", "tiny-file": {"path": "config.yaml"}}
+    retrofits = {name: SETTINGS | {"text": text} for name, text in texts.items()}
+    config = tinyrun.make(tmp_path, methods={"baseline": "none"}, retrofits=retrofits)
+    done = snakemake(ROOT, tmp_path, config, "--dry-run")
+    assert done.jobs["own_corpus"] == 1 and done.jobs["corpus"] == 2 and done.jobs["retrofit"] == 3, done.output
+    jobs = re.findall(
+        r"^rule (\w*corpus):\n    input: (.*)\n    output: (.*)\n(?:.*\n)*?    resources: (.*)$", done.output, re.M
+    )
+    assert {made: ("gpu=1" in given, "prompts/" in needed) for _, needed, made, given in jobs} == {
+        "results/retrofit/tiny-own/corpus.parquet": (True, True),
+        "results/retrofit/tiny-chats/corpus.parquet": (False, True),
+        "results/retrofit/tiny-file/corpus.parquet": (False, False),
+    }

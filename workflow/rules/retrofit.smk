@@ -26,6 +26,8 @@ def corpus_sources(wildcards):
     return {"prompts": prompts, "dataset": f"{RESULTS}/datasets/{DATASET}/manifest.json"}
 
 
+# names of the retrofits that read their model's own text; or what no name is
+OWN = "|".join(re.escape(name) for name, each in CONFIG.retrofits.items() if each.text == "own") or "(?!)"
 RETROFIT = dict(
     settings=lambda wildcards: canonical(retrofit_of(wildcards).model_dump(mode="json")),
     variant=retrofit_job,
@@ -48,9 +50,8 @@ rule corpus:
         "../../envs/gpu.yaml"
     threads: 8
     resources:
-        gpu=lambda wildcards: int(retrofit_of(wildcards).text == "own"),
         mem_mb=16000,
-        runtime=120,
+        runtime=60,
     params:
         **RETROFIT,
         texts=lambda wildcards, input: (
@@ -61,6 +62,19 @@ rule corpus:
         "kvbench corpus --manifest {input.manifest} {params.texts} --settings {params.settings:q}"
         " --variant {params.variant:q} --protocol {params.protocol:q} --loading {params.loading:q}"
         " --provenance {params.provenance:q} --output {output.sequences} 2>&1 | tee {log}"
+
+
+use rule corpus as own_corpus with:
+    # the model's own text, which it takes a device to write
+    wildcard_constraints:
+        retrofit=OWN,
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=240,
+
+
+ruleorder: own_corpus > corpus
 
 
 rule retrofit:
