@@ -122,6 +122,31 @@ def token_ids(wildcards):
     return f"{RESULTS}/workloads/{CONFIG.models[wildcards.model].base or wildcards.model}/{wildcards.workload}.parquet"
 
 
+def retrofit_of(wildcards):
+    """What the config says of a retrofit."""
+    return CONFIG.retrofits[wildcards.retrofit]
+
+
+def retrofit_job(wildcards):
+    """What a job of a retrofit runs: its model, uncompressed."""
+    return canonical({"model": retrofit_of(wildcards).model, "method": "none", "spec": {}})
+
+
+def retrofit_loading(wildcards):
+    """How the retrofitted model is loaded."""
+    model = CONFIG.models[retrofit_of(wildcards).model]
+    return canonical({"dtype": model.dtype, "attention": model.attention})
+
+
+def corpus_sources(wildcards):
+    """A text file needs no prompts."""
+    text = retrofit_of(wildcards).text
+    if isinstance(text, options.TextFile):
+        return {"file": str(text.path)}
+    prompts = f"{RESULTS}/prompts/{DATASET}.parquet"
+    return {"prompts": prompts, "dataset": f"{RESULTS}/datasets/{DATASET}/manifest.json"}
+
+
 def cell_files(stage, suffix):
     """The files of one stage for every cell."""
     return [f"{RESULTS}/{stage}/{c.variant.model}/{c.variant.method}/{c.workload}.{suffix}" for c in CELLS]

@@ -1,31 +1,6 @@
 # Training: a model's text, and the eviction heads and weights that it learns on it.
 
 
-def retrofit_of(wildcards):
-    """What the config says of a retrofit."""
-    return CONFIG.retrofits[wildcards.retrofit]
-
-
-def retrofit_job(wildcards):
-    """What a job of a retrofit runs: its model, uncompressed."""
-    return canonical({"model": retrofit_of(wildcards).model, "method": "none", "spec": {}})
-
-
-def retrofit_loading(wildcards):
-    """How the retrofitted model is loaded."""
-    model = CONFIG.models[retrofit_of(wildcards).model]
-    return canonical({"dtype": model.dtype, "attention": model.attention})
-
-
-def corpus_sources(wildcards):
-    """A text file needs no prompts."""
-    text = retrofit_of(wildcards).text
-    if isinstance(text, options.TextFile):
-        return {"file": str(text.path)}
-    prompts = f"{RESULTS}/prompts/{DATASET}.parquet"
-    return {"prompts": prompts, "dataset": f"{RESULTS}/datasets/{DATASET}/manifest.json"}
-
-
 # names of the retrofits that read their model's own text; or what no name is
 OWN = "|".join(re.escape(name) for name, each in CONFIG.retrofits.items() if each.text == "own") or "(?!)"
 RETROFIT = dict(
