@@ -185,6 +185,19 @@ def test_milestones_are_kept_when_they_are_passed_and_the_end_always() -> None:
     assert all(factor is None or factor <= at for factor, at in kept) and kept[-1][1] == 5.0
 
 
+def test_a_run_that_ends_where_it_would_save_leaves_no_state_that_lacks_the_end() -> None:
+    states: list[int] = []
+    trainer(wanted(steps=20), save=lambda state: states.append(state["step"])).run()
+    assert states == [10]
+
+
+def test_milestones_that_a_shortened_run_leaps_over_are_kept() -> None:
+    kept: list[float | None] = []
+    settings = wanted(cr=5.0, steps=10**6, max_seconds=1e-3, batch_size=1, evaluations=1)
+    trainer(settings, keep=lambda factor, rows: kept.append(factor)).run()
+    assert kept == [2.0, 4.0, None]
+
+
 def test_what_is_judged_is_what_will_be_saved() -> None:
     made = student(wanted())
     weights = {name: torch.randn_like(value) for name, value in made.trained.items()}

@@ -84,13 +84,13 @@ class Run:
         )
 
     def _saved(self, key: str) -> dict[str, Any] | None:
-        if not self.state.is_file():
-            return None
-        state = torch.load(self.state, map_location="cpu", weights_only=True)
-        if state.pop("key") == key:
-            return state
-        print(f"{self.state} is of a run with other settings: beginning anew", flush=True)
-        shutil.rmtree(self.state.parent)
+        """The state to go on from; what is left of any other run is removed."""
+        if self.state.is_file():
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            if state.pop("key") == key:
+                return state
+            print(f"{self.state} is of a run with other settings: beginning anew", flush=True)
+        shutil.rmtree(self.state.parent, ignore_errors=True)
         return None
 
     def _about(self, trainer: Trainer) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Trainer:
     Attributes
     ----------
     rows : the training curve so far.
+    passed : how many of the `MILESTONES` the ramp has passed.
+    judging_s : seconds that the last judging took.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Trainer:
         self.rows: list[Row] = []
         self.step, self.steps, self.begun = 0, settings.steps, begun
         self.optimizer, self.rates = _optimizer(student, settings)
+        self.passed = 0
         self.judging_s = 0.0
         self._timed_from = 0.0
         self._divergence: Callable[..., torch.Tensor] = divergence
@@ -113,14 +116,14 @@ class Trainer:
                 bar.update()
                 self._fit(bar)
                 self._evaluate(bar)
-                if self.step % self.settings.checkpoint_steps == 0:
+                if self.step % self.settings.checkpoint_steps == 0 and self.step < self.steps:
                     self.save(self.state())
 
     def _evaluate(self, bar: Any) -> None:
         """Judge the model where it is due, and keep it at a milestone and at the end."""
-        count = self.settings.evaluations
-        before, now = (asked(self.settings, step, self.steps) for step in (self.step - 1, self.step))
-        passed: list[float | None] = [factor for factor in MILESTONES if before < factor <= now]
+        count, now = self.settings.evaluations, asked(self.settings, self.step, self.steps)
+        passed: list[float | None] = [factor for factor in MILESTONES[self.passed :] if factor <= now]
+        self.passed += len(passed)
         if self.step == self.steps:
             passed.append(None)
         if passed or self.step in {round(self.steps * i / count) for i in range(count)}:
@@ -209,6 +212,7 @@ class Trainer:
             facts = f"KL {verdict.kl:.4f}, off {verdict.kl_off:.4f}, kept {verdict.kept_fraction:.3f}"
             bar.write(f"step {self.step}, {self.seconds:.0f} s, {name}: {facts}")
         self.judging_s = time.perf_counter() - begun
+        self._timed_from += self.judging_s
         return found
 
     def _length(self) -> int:
@@ -241,6 +245,7 @@ class Trainer:
         return {
             "step": self.step,
             "steps": self.steps,
+            "passed": self.passed,
             "seconds": self.seconds,
             "judging_s": self.judging_s,
             "rows": self.rows,
@@ -250,7 +255,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state of `state`."""
-        for name in ("step", "steps", "judging_s", "rows"):
+        for name in ("step", "steps", "passed", "judging_s", "rows"):
             setattr(self, name, state[name])
         self.begun -= state["seconds"]
         with torch.no_grad():
