@@ -94,7 +94,7 @@ class Trainer:
         self.optimizer, self.rates = _optimizer(student, settings)
         self.passed = 0
         self.judging_s = 0.0
-        self._timed_from = 0.0
+        self._timed = 0, time.perf_counter()
         self._divergence: Callable[..., torch.Tensor] = divergence
         if self.device.type == "cuda":
             self._divergence = torch.compile(divergence, dynamic=False)
@@ -212,7 +212,7 @@ class Trainer:
             facts = f"KL {verdict.kl:.4f}, off {verdict.kl_off:.4f}, kept {verdict.kept_fraction:.3f}"
             bar.write(f"step {self.step}, {self.seconds:.0f} s, {name}: {facts}")
         self.judging_s = time.perf_counter() - begun
-        self._timed_from += self.judging_s
+        self._timed = self._timed[0], self._timed[1] + self.judging_s
         return found
 
     def _length(self) -> int:
@@ -231,9 +231,9 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.step == TIMED[0]:
-            self._timed_from = time.perf_counter()
+            self._timed = self.step, time.perf_counter()
             return
-        a_step = (time.perf_counter() - self._timed_from) / (TIMED[1] - TIMED[0])
+        a_step = (time.perf_counter() - self._timed[1]) / (self.step - self._timed[0])
         judging = self.judging_s * (self.settings.evaluations + len(MILESTONES))
         left = self.settings.max_seconds - self.seconds - judging
         self.steps = min(self.steps, max(self.step + 1, self.step + int(left / a_step)))
@@ -258,6 +258,7 @@ class Trainer:
         for name in ("step", "steps", "passed", "judging_s", "rows"):
             setattr(self, name, state[name])
         self.begun -= state["seconds"]
+        self._timed = self.step, time.perf_counter()
         with torch.no_grad():
             for name, value in self.student.trained.items():
                 value.copy_(state["parameters"][name])
