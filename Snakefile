@@ -13,6 +13,7 @@ if not workflow.overwrite_configfiles and "models" not in config:
 include: "workflow/rules/common.smk"  # the config, validated; names, paths and what each job depends on
 include: "workflow/rules/fetch.smk"  # models, dataset  -> models/*/manifest.json, datasets/*/manifest.json
 include: "workflow/rules/prompts.smk"  # dataset          -> prompts/*.parquet, workloads/*/*.parquet
+include: "workflow/rules/retrofit.smk"  # a retrofit       -> retrofit/*/corpus.parquet, adapter, curve.parquet
 include: "workflow/rules/measure.smk"  # device, a cell   -> device/rates.json; prefill/*.json, generation/*.parquet; outputs/*.parquet
 include: "workflow/rules/quality.smk"  # a variant        -> windows/*.parquet, quality/*/*.parquet
 include: "workflow/rules/retrieval.smk"  # a variant        -> retrieval/*/*.parquet

@@ -18,6 +18,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`outputs`": options.Outputs,
     "`quality`": options.Quality,
     "`quality.retrieval`": options.Retrieval,
+    "`retrofits`": options.Retrofit,
 }
 
 

@@ -140,8 +140,8 @@ def test_a_cluster_profile_repeats_what_it_replaces(name: str) -> None:
 def test_lsf_asks_for_a_gpu_wherever_a_rule_does() -> None:
     rules = "\n".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
     on_the_gpu = {
-        block.split(":")[0].strip()
-        for block in re.split(r"^(?:rule|use rule) ", rules, flags=re.MULTILINE)[1:]
+        re.split(r"[: ]", block)[0]
+        for block in re.split(r"^(?:rule|use rule \w+ as) ", rules, flags=re.MULTILINE)[1:]
         if "gpu=" in block
     }
     assert set(load("lsf")["set-resources"]) == on_the_gpu  # type: ignore[call-overload]

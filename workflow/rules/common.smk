@@ -54,6 +54,7 @@ localrules:
     bars,
     roofline,
     quality_plots,
+    training_curve,
     report,
 
 
@@ -61,6 +62,7 @@ wildcard_constraints:
     model=options.NAME,
     method=options.NAME,
     workload=options.NAME,
+    retrofit=options.NAME,
 
 
 def script(name):
@@ -93,6 +95,17 @@ def original_manifest(wildcards):
     return f"{RESULTS}/models/{base}/manifest.json" if base else []
 
 
+def adapter(wildcards):
+    """The adapter that a job's method runs: of a retrofit here, or the user's own files, so that a change is seen."""
+    method = CONFIG.methods[wildcards.method]
+    if not isinstance(method, options.DmsMethod) or method.dms.checkpoint:
+        return []
+    if method.dms.retrofit:
+        return grid.adapter_folder(CONFIG, method.dms.retrofit)
+    folder = Path(method.dms.adapter)
+    return sorted(str(path) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
 def workload_sources(wildcards):
     """A model that has no tokenizer needs no prompts."""
     needed = {"manifest": model_manifest(wildcards)}
@@ -107,6 +120,31 @@ def workload_sources(wildcards):
 def token_ids(wildcards):
     """The batch of a cell: the same token ids for every method, and for a retrofit those of its base."""
     return f"{RESULTS}/workloads/{CONFIG.models[wildcards.model].base or wildcards.model}/{wildcards.workload}.parquet"
+
+
+def retrofit_of(wildcards):
+    """What the config says of a retrofit."""
+    return CONFIG.retrofits[wildcards.retrofit]
+
+
+def retrofit_job(wildcards):
+    """What a job of a retrofit runs: its model, uncompressed."""
+    return canonical({"model": retrofit_of(wildcards).model, "method": "none", "spec": {}})
+
+
+def retrofit_loading(wildcards):
+    """How the retrofitted model is loaded."""
+    model = CONFIG.models[retrofit_of(wildcards).model]
+    return canonical({"dtype": model.dtype, "attention": model.attention})
+
+
+def corpus_sources(wildcards):
+    """A text file needs no prompts."""
+    text = retrofit_of(wildcards).text
+    if isinstance(text, options.TextFile):
+        return {"file": str(text.path)}
+    prompts = f"{RESULTS}/prompts/{DATASET}.parquet"
+    return {"prompts": prompts, "dataset": f"{RESULTS}/datasets/{DATASET}/manifest.json"}
 
 
 def cell_files(stage, suffix):

@@ -36,6 +36,7 @@ rule prefill:
     input:
         manifest=model_manifest,
         batch=token_ids,
+        adapter=adapter,
     output:
         record=f"{RESULTS}/prefill/{{model}}/{{method}}/{{workload}}.json",
     log:
@@ -62,6 +63,7 @@ rule generation:
     input:
         manifest=model_manifest,
         batch=token_ids,
+        adapter=adapter,
     output:
         rows=f"{RESULTS}/generation/{{model}}/{{method}}/{{workload}}.parquet",
     log:
@@ -88,6 +90,7 @@ rule capacity:
     input:
         manifest=model_manifest,
         batch=token_ids,
+        adapter=adapter,
     output:
         record=f"{RESULTS}/capacity/{{model}}/{{method}}/{{workload}}.json",
     log:
@@ -113,6 +116,7 @@ rule outputs:
     input:
         manifest=model_manifest,
         prompts=lambda wildcards: (rules.prompts.output.prompts if has_tokenizer(wildcards.model) else []),
+        adapter=adapter,
     output:
         texts=f"{RESULTS}/outputs/{{model}}/{{method}}.parquet",
     log:

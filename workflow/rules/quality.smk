@@ -42,6 +42,7 @@ rule quality:
         manifest=model_manifest,
         windows=lambda wildcards: f"{RESULTS}/windows/{CONFIG.models[wildcards.model].base or wildcards.model}.parquet",
         original=original_manifest,
+        adapter=adapter,
     output:
         rows=f"{RESULTS}/quality/{{model}}/{{method}}.parquet",
     log:

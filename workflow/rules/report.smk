@@ -15,7 +15,9 @@ rule report:
             [rules.fetch_dataset.output.manifest] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []
         ),
         models=sorted({f"{RESULTS}/models/{v.model}/manifest.json" for v in VARIANTS}),
-        plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads] + [rules.roofline.output.svg],
+        plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads]
+        + [f"{RESULTS}/plots/retrofit-{retrofit}.svg" for retrofit in CONFIG.retrofits]
+        + [rules.roofline.output.svg],
         quality_plots=quality_figures,
         plan=rules.plan.output.plan,
     output:

@@ -4,6 +4,7 @@
 rule retrieval:
     input:
         manifest=model_manifest,
+        adapter=adapter,
     output:
         rows=f"{RESULTS}/retrieval/{{model}}/{{method}}.parquet",
     log:

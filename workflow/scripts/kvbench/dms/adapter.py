@@ -1,23 +1,26 @@
-"""A trained DMS adapter: eviction heads, and the low-rank change of the weights that goes with them."""
+"""A trained DMS adapter: eviction heads, and the change of the weights that goes with them."""
 
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kvbench.dms import evict
 from kvbench.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+WHOLE = "model.safetensors"
 
 
 def load(model: Any, folder: Path) -> evict.Heads:
-    """Read an adapter, and merge its LoRA, where it has one, into the model's weights for good.
+    """Read an adapter, and change the model's weights for good: by its LoRA, or to its own, where it has either.
 
     Parameters
     ----------
     model : the base model that the adapter was trained for, on its device; it is changed in place.
     folder : holds ``dms_heads.safetensors`` and perhaps a LoRA in peft's format (``adapter_config.json``,
-        ``adapter_model.safetensors``).
+        ``adapter_model.safetensors``), or all the weights (``model.safetensors``).
 
     Returns
     -------
@@ -35,6 +38,8 @@ def load(model: Any, folder: Path) -> evict.Heads:
         raise UserError(f"{folder} has {found[0]} without its other half", f"Keep {WEIGHTS} and {CONFIG} together")
     if found:
         _merge(model, folder)
+    if (folder / WHOLE).is_file():
+        _replace(model, folder / WHOLE)
     return heads.to(model.device)
 
 
@@ -49,3 +54,16 @@ def _merge(model: Any, folder: Path) -> None:
             f"the LoRA in {folder} does not fit the model: {first}", "Use the adapter that was trained for it"
         ) from error
     assert merged is model, "peft gives the model back that it was given"
+
+
+def _replace(model: Any, path: Path) -> None:
+    """Give the model the weights of a file, each once: what is tied stays tied."""
+    from safetensors.torch import load_file
+
+    weights, places = load_file(path), dict(model.named_parameters())
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    if shapes != {name: tuple(value.shape) for name, value in places.items()}:
+        raise UserError(f"{path} holds the weights of another model", "Use the adapter that was trained for it")
+    with torch.no_grad():
+        for name, value in weights.items():
+            places[name].copy_(value)

@@ -69,10 +69,15 @@ class Heads(nn.Module):
         -------
         float32 [batch, KV heads, tokens], also under autocast; differentiable.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
-            unit = functional.normalize(hidden.float(), dim=-1)
-            raw = functional.linear(unit, self.weight[layer], self.bias[layer])
-        return (raw * SCALE - OFFSET).transpose(1, 2)
+        return decide(hidden, self.weight[layer], self.bias[layer])
+
+
+def decide(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`Heads.logits` of one layer, from its weight [KV heads, hidden] and bias [KV heads]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        unit = functional.normalize(hidden.float(), dim=-1)
+        raw = functional.linear(unit, weight, bias)
+    return (raw * SCALE - OFFSET).transpose(1, 2)
 
 
 def shifted(logits: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,258 @@
+"""Token sequences of one length to retrofit a model on, and others, of other texts, to judge it on.
+
+``conversations``
+    the dataset's conversations, whole, each cut into pieces that do not overlap.
+``own``
+    the model's own answers to the dataset's first messages, sampled.
+a file's path
+    its text, cut into pieces that do not overlap.
+
+What is held out comes first: the first texts in rank order (a file's first characters) are those that other stages
+measure on too, so a model is not judged on what it was trained on. A part of a book that no training sees is held out
+besides.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kvbench import book, tables, workload
+from kvbench.errors import UserError
+from kvbench.options import CONTINUATION
+
+HELD_OUT = 24
+"""Sequences of a corpus that are held out, at most."""
+CHARACTERS_AT_ONCE = 1_000_000
+PROMPTS_AT_ONCE = 64
+
+SCHEMA = pa.schema(
+    [("split", pa.string()), ("corpus", pa.string()), ("document", pa.string()), ("input_ids", pa.list_(pa.int32()))]
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a retrofit reads.
+
+    Attributes
+    ----------
+    text : ``conversations``, ``own`` or the path of a UTF-8 file.
+    tokens : of a sequence.
+    sequences : to train on, at most.
+    held_out : share of the texts that is not trained on.
+    seed : of the model's own answers.
+    """
+
+    text: str
+    tokens: int
+    sequences: int
+    held_out: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids, of ``tokens`` to train on (split ``train``) or `CONTINUATION` more to judge on (``held_out``)."""
+
+    split: str
+    corpus: str
+    document: str
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus as the training takes it.
+
+    Attributes
+    ----------
+    train : int32 [sequences, tokens].
+    held_out : for each corpus int32 [sequences, tokens + `CONTINUATION`].
+    about : what made it.
+    """
+
+    train: np.ndarray
+    held_out: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+
+def collect(
+    tokenizer: Any, request: Request, prompts: Path | None, dataset: Path | None, load: Callable[[], Any]
+) -> list[Sequence]:
+    """The sequences of a corpus, those held out among them.
+
+    Parameters
+    ----------
+    prompts, dataset : prompts.parquet and the manifest of its dataset; not needed for a file.
+    load : gives the model; called only where its own text is wanted.
+
+    Raises
+    ------
+    UserError : nothing is long enough.
+    """
+    if request.text not in ("conversations", "own"):
+        found = _of_file(tokenizer, Path(request.text), request)
+    elif prompts is None or dataset is None:
+        raise UserError(f"a corpus of {request.text} needs prompts and their dataset", "Name both")
+    elif request.text == "own":
+        found = _own(load(), tokenizer, prompts, request)
+    else:
+        found = _of_conversations(tokenizer, prompts, dataset, request)
+    judged = book.pieces(tokenizer, request.tokens + CONTINUATION)
+    found += [Sequence("held_out", "book", chapter, ids) for chapter, ids in islice(judged, HELD_OUT)]
+    for split in ("train", "held_out"):
+        if not any(each.split == split and each.corpus != "book" for each in found):
+            raise UserError(
+                f"of the text {request.text!r}, nothing is long enough for a sequence of {request.tokens} tokens"
+                f" ({split})",
+                "Lower tokens of the retrofit, or give it more text",
+            )
+    return found
+
+
+class _Taken:
+    """Sequences as they are found, until there are as many as wanted."""
+
+    def __init__(self, request: Request, texts: int) -> None:
+        self.request = request
+        self.first_trained = request.held_out * texts
+        self.found: dict[str, list[Sequence]] = {"train": [], "held_out": []}
+
+    def split(self, place: int) -> str:
+        """Which split the text at this place belongs to."""
+        return "held_out" if place < self.first_trained else "train"
+
+    def missing(self, split: str) -> int:
+        return (HELD_OUT if split == "held_out" else self.request.sequences) - len(self.found[split])
+
+    def full(self, split: str) -> bool:
+        return self.missing(split) <= 0
+
+    def length(self, split: str) -> int:
+        return self.request.tokens + CONTINUATION * (split == "held_out")
+
+    def add(self, split: str, corpus: str, document: str, ids: list[int]) -> None:
+        """Cut ids into pieces; of a text that is held out, one piece is enough."""
+        size = self.length(split)
+        for start in range(0, len(ids) - size + 1, size):
+            if self.full(split) or (split == "held_out" and start and corpus != "file"):
+                return
+            self.found[split].append(Sequence(split, corpus, document, ids[start : start + size]))
+
+    @property
+    def all(self) -> list[Sequence]:
+        return self.found["train"] + self.found["held_out"]
+
+
+def _of_conversations(tokenizer: Any, prompts: Path, dataset: Path, request: Request) -> list[Sequence]:
+    taken = _Taken(request, pq.ParquetFile(prompts).metadata.num_rows)
+    texts = workload.conversation_texts(tokenizer, prompts, dataset, request.tokens)
+    while not taken.full("train") and (batch := list(islice(texts, PROMPTS_AT_ONCE))):
+        wanted = []
+        for row, text in batch:
+            split = taken.split(row["rank"])
+            if text and not taken.full(split):
+                wanted.append((split, str(row["conversation_id"]), text))
+        for (split, document, _), ids in zip(wanted, _ids(tokenizer, [text for *_, text in wanted]), strict=True):
+            taken.add(split, "conversations", document, ids)
+    return taken.all
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    special = not tokenizer.chat_template  # a template brings its own
+    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+
+
+def _of_file(tokenizer: Any, path: Path, request: Request) -> list[Sequence]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no text: {error}", "Name a UTF-8 file") from error
+    taken, border = _Taken(request, len(text)), int(request.held_out * len(text))
+    for split, part in (("held_out", text[:border]), ("train", text[border:])):
+        for start in range(0, len(part), CHARACTERS_AT_ONCE):
+            if taken.full(split):
+                break
+            some = part[start : start + CHARACTERS_AT_ONCE]
+            ids = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            taken.add(split, "file", path.name, ids)
+    return taken.all
+
+
+def _own(model: Any, tokenizer: Any, prompts: Path, request: Request) -> list[Sequence]:
+    taken = _Taken(request, pq.ParquetFile(prompts).metadata.num_rows)
+    waiting: dict[str, list[tuple[str, list[int]]]] = {"held_out": [], "train": []}
+
+    def answer(split: str) -> None:
+        """Let the model answer those that wait."""
+        some, waiting[split] = waiting[split], []
+        texts = sample(model, [ids for _, ids in some], taken.length(split), request.seed + len(taken.all))
+        for (document, _), ids in zip(some, texts, strict=True):
+            taken.add(split, "own", document, ids)
+
+    for row, text in workload.first_message_texts(tokenizer, prompts):
+        split = taken.split(row["rank"])
+        if text and not taken.full(split):
+            ids = _ids(tokenizer, [text])[0]
+            if len(ids) <= request.tokens // 2:
+                waiting[split].append((str(row["conversation_id"]), ids))
+        if waiting[split] and len(waiting[split]) >= min(PROMPTS_AT_ONCE, taken.missing(split)):
+            answer(split)
+        if taken.full("train"):
+            break
+    for split in ("held_out", "train"):
+        if waiting[split] and not taken.full(split):
+            answer(split)
+    return taken.all
+
+
+def sample(model: Any, prompts: list[list[int]], tokens: int, seed: int) -> list[list[int]]:
+    """Prompts and the model's answers, drawn from its own distribution, of exactly ``tokens`` ids together.
+
+    The end of an answer is never drawn, so that each has its length.
+    """
+    import torch
+
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    torch.manual_seed(seed)
+    new = tokens - shortest
+    written = model.generate(
+        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=new,
+        max_new_tokens=new, pad_token_id=0,
+    )[:, longest:].tolist()  # fmt: skip
+    return [(row + new)[:tokens] for row, new in zip(prompts, written, strict=True)]
+
+
+def write(sequences: list[Sequence], path: Path, about: dict[str, Any]) -> None:
+    """Write a corpus as Parquet, one row a sequence."""
+    tables.write(path, pa.Table.from_pylist([asdict(each) for each in sequences], SCHEMA), about)
+
+
+def load(path: Path) -> Corpus:
+    """Read a corpus.
+
+    Raises
+    ------
+    UserError : it is missing, or no corpus.
+    """
+    try:
+        table = pq.read_table(path, schema=SCHEMA)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} holds no corpus: {error}", "Run the rule that makes it again") from error
+    split, corpora = table["split"].to_numpy(), table["corpus"].to_numpy()
+
+    def ids(rows: np.ndarray) -> np.ndarray:
+        chosen = table["input_ids"].combine_chunks().take(pa.array(np.flatnonzero(rows)))
+        return chosen.flatten().to_numpy().reshape(int(rows.sum()), -1).copy()  # Arrow's own may not be written to
+
+    held_out = split == "held_out"
+    judged = {name: ids(held_out & (corpora == name)) for name in dict.fromkeys(corpora[held_out])}
+    return Corpus(ids(split == "train"), judged, tables.provenance_of(path))
