@@ -118,6 +118,17 @@ def test_nothing_is_certain_because_all_agreed() -> None:
     assert paired.share_interval([False] * 50, names) == pytest.approx((0, 0.07135), abs=1e-5)
     same = paired.share_difference_interval([True] * 50, [True] * 50, names)
     assert same == pytest.approx((-0.07135, 0.07135), abs=1e-5)
+    lost = paired.share_difference_interval([False] * 50, [True] * 50, names)
+    assert lost == pytest.approx((-1, -0.92865), abs=1e-5)
+    won = paired.share_difference_interval([True] * 50, [False] * 50, names)
+    assert won == pytest.approx((0.92865, 1), abs=1e-5)
+
+
+def test_what_is_right_in_part_is_resampled() -> None:
+    scores, names = [0.5, 1.0, 0.25, 0.75, 0.5, 1.0], list("abcdef")
+    assert paired.share_interval(scores, names) == paired.mean_interval(scores, names)
+    ones = [1.0] * 6
+    assert paired.share_difference_interval(scores, ones, names) == paired.difference_interval(scores, ones, names)
 
 
 @settings(max_examples=60, deadline=None)

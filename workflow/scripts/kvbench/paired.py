@@ -59,33 +59,35 @@ def difference_interval(
     return _bootstrap((sums, other, counts), statistic)
 
 
-def share_interval(hits: ArrayLike, documents: ArrayLike) -> Bounds:
+def share_interval(scores: ArrayLike, documents: ArrayLike) -> Bounds:
     """Interval of a share: Wilson's where each document gave one observation, else the bootstrap over documents.
 
     Where all observations agree, nothing shows that documents differ and a bootstrap would be certain: then too it is
-    Wilson's.
+    Wilson's. Observations that are right in part are left to the bootstrap.
 
     Parameters
     ----------
-    hits : true or false, one an observation.
+    scores : 1 for right, 0 for wrong, in between for right in part; one an observation.
     """
-    flags, count = np.asarray(hits, dtype=bool), _count(documents)
-    if count == len(flags) or (count > 1 and (flags.all() or not flags.any())):
-        return _wilson(int(flags.sum()), len(flags))
-    return mean_interval(flags, documents)
+    values, count = np.asarray(scores, dtype=float), _count(documents)
+    agree = values.min() == values.max()
+    if np.isin(values, (0, 1)).all() and (count == len(values) or (count > 1 and agree)):
+        return _wilson(int(values.sum()), len(values))
+    return mean_interval(values, documents)
 
 
-def share_difference_interval(hits: ArrayLike, others: ArrayLike, documents: ArrayLike) -> Bounds:
+def share_difference_interval(scores: ArrayLike, others: ArrayLike, documents: ArrayLike) -> Bounds:
     """Interval of the difference of two paired shares: the bootstrap over documents.
 
-    Where no pair differs a bootstrap would be certain; then it is as far as Wilson's bound lets the share of pairs that
-    differ go, either way.
+    Where no pair differs, or all do from right to wrong, a bootstrap would be certain; then it goes as far as Wilson's
+    bound lets the share of pairs that differ go.
     """
-    first, second = np.asarray(hits, dtype=bool), np.asarray(others, dtype=bool)
-    if (first == second).all() and _count(documents) > 1:
-        bound = _wilson(0, len(first))[1]
-        return -bound, bound
-    return difference_interval(first, second, documents)
+    values, other = np.asarray(scores, dtype=float), np.asarray(others, dtype=float)
+    differences = set((values - other).tolist())
+    if len(differences) > 1 or _count(documents) < 2 or not differences <= {-1.0, 0.0, 1.0}:
+        return difference_interval(values, other, documents)
+    least, most = _wilson(0, len(values))[1], _wilson(len(values), len(values))[0]
+    return {0.0: (-least, least), 1.0: (most, 1.0), -1.0: (-1.0, -most)}[differences.pop()]
 
 
 def quantile(values: ArrayLike, q: float) -> float:

@@ -44,7 +44,7 @@ class Metric:
     ----------
     name : as in quality.parquet.
     column : the observation that it sums up.
-    kind : `mean`; `share` of true observations; `ratio`, exp of the mean; `p99`, the 99th percentile.
+    kind : `mean`; `share` of observations that are right; `ratio`, exp of the mean; `p99`, the 99th percentile.
     test : `flip` (signs of documents), `mcnemar`, or None.
     better : which way is better; None where neither is.
     margin : a difference that does not matter, in the metric's unit; None: no verdict.
@@ -68,7 +68,7 @@ DISTRIBUTION = (
 )
 RETRIEVAL = (
     Metric("retrieval_accuracy", "correct", "share", "mcnemar", "higher", 0.05),
-    Metric("retrieval_score", "score", better="higher", margin=0.05),
+    Metric("retrieval_score", "score", "share", "flip", "higher", 0.05),
 )
 TEXT = (
     Metric("rouge_l", "rouge_l", better="higher"),
