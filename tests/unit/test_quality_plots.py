@@ -149,6 +149,10 @@ def test_each_field_has_its_percentage_and_the_samples_are_counted(fixture: Scor
     assert "n = 40 samples a field. Darker: fewer are right. –: did not come out." in words
 
 
+def test_narrow_maps_keep_their_titles_apart(fixture: Scores) -> None:
+    check(texts(retrieval_plot.heat_maps, Scores([row for row in fixture.rows if "/1024" not in row["slice"]])))
+
+
 def test_a_rerun_gives_identical_bytes(table: Path, tmp_path: Path) -> None:
     drawn = []
     for _ in range(2):

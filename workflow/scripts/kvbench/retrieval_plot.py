@@ -103,6 +103,7 @@ def _grid(found: Scores, names: Sequence[str]) -> Grid:
     points = {task: points for task in found.tasks if (points := found.points(task))}
     figure = plt.figure()
     left = sheets.MARGIN + max(sheets.text_width(figure, name) for name in names) + DEPTHS
+    titles = {task: sheets.text_width(figure, TASKS[task], fontsize=10, fontweight="bold") for task in points}
     plt.close(figure)
     lengths = {task: sorted({length for length, _ in own}) for task, own in points.items()}
     across = sum(len(own) for own in lengths.values())
@@ -112,7 +113,7 @@ def _grid(found: Scores, names: Sequence[str]) -> Grid:
     for task, own in points.items():
         depths = sorted({depth for _, depth in own}, key=lambda depth: depth or 0.0)
         tasks.append(Task(task, lengths[task], depths, left))
-        left += field * len(lengths[task]) + GAP
+        left += max(field * len(lengths[task]), titles[task]) + GAP
     return Grid(tasks, field, max(sheets.WIDTH, left - GAP + sheets.MARGIN))
 
 
