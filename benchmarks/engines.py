@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", default=["64x1024"], help="batch x prompt tokens")
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=6, help="at least; twice as many at most")
+    parser.add_argument("--energy", action="store_true", help="joules a token too, 11 seconds a row")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of the token ids")
     options = parser.parse_args()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -82,7 +83,7 @@ def cell(loaded: Any, workload: str, name: str, spec: Any, options: Any, known: 
     effort = measure.Effort(options.repeats, 2 * options.repeats, share, max_warmup_runs=3)
     try:
         runs = measure.generation_standard(model, batch, method, effort, engine, watch)["repeats"]
-        joules = energy.per_token(model, batch, method, engine, watch.gpu)
+        joules = energy.per_token(model, batch, method, engine, watch.gpu) if options.energy else None
     except (torch.OutOfMemoryError, Unsupported) as error:
         return f"{type(error).__name__}: {str(error)[:80]}"
     work = cell_limits(loaded, batch, method, runs[0], known)

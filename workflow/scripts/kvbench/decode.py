@@ -110,15 +110,13 @@ def generate(
     prefilled : called once with the compressed cache, between the first token's mark and the first step.
     stop : end-of-sequence ids; given any, the host looks at every token, so leave it empty when timing.
     """
-    tokens = torch.empty(input_ids.shape[0], new_tokens, dtype=torch.long, device=input_ids.device)
     mark()
     token, cache = prefill(model, input_ids, method)
-    tokens[:, :1] = token
     mark()
     if prefilled is not None:
         prefilled(cache)
     position = method.next_position(input_ids.shape[1], cache)
-    return Decoded(_steps(model, cache, tokens, method, position, mark, stop), cache)
+    return Decoded(follow(model, cache, token, method, position, new_tokens, mark, stop), cache)
 
 
 @torch.no_grad()
@@ -136,16 +134,35 @@ def answer(
     -------
     The new tokens, int64 [batch, new tokens].
     """
-    tokens = torch.empty(ids.shape[0], new_tokens, dtype=torch.long, device=ids.device)
-    tokens[:, :1] = continue_from(model, cache, ids, method, position)[:, -1:].argmax(-1)
-    return _steps(model, cache, tokens, method, position + ids.shape[1], _nothing, stop)
+    first = continue_from(model, cache, ids, method, position)[:, -1:].argmax(-1)
+    return follow(model, cache, first, method, position + ids.shape[1], new_tokens, stop=stop)
 
 
-def _steps(
-    model: Any, cache: Any, tokens: torch.Tensor, method: Dense, position: int, mark: Mark, stop: Collection[int]
+@torch.no_grad()
+def follow(
+    model: Any,
+    cache: Any,
+    first: torch.Tensor,
+    method: Dense,
+    position: int,
+    new_tokens: int,
+    mark: Mark = _nothing,
+    stop: Collection[int] = (),
 ) -> torch.Tensor:
-    """Decode after the first new token, which is in ``tokens`` [batch, most new tokens] and stands at ``position``."""
-    token = tokens[:, :1]
+    """Greedy decoding from a prefill's first new token on.
+
+    Parameters
+    ----------
+    cache : as `prefill` left it.
+    first : int64 [batch, 1], at ``position``.
+    new_tokens, mark, stop : as `generate` takes them, the first token counted; ``mark`` is called after every step.
+
+    Returns
+    -------
+    The new tokens, ``first`` among them, int64 [batch, at most ``new_tokens``].
+    """
+    tokens = torch.empty(len(first), new_tokens, dtype=torch.long, device=first.device)
+    tokens[:, :1] = token = first
     position_ids = torch.full_like(token[:1], position)
     endings = torch.tensor(sorted(stop), device=tokens.device)
     ended = torch.isin(token, endings)

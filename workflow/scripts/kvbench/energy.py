@@ -53,7 +53,7 @@ class _Decode:
     def __init__(self, device: torch.device, gpu: Nvml) -> None:
         self.device, self.gpu = device, gpu
         self.joules = self.seconds = 0.0
-        self.begin()
+        self.before = 0.0, 0.0
 
     def once_more(self, engine: Engine) -> int | None:
         """Steps of the last generation's decode, run again; None where the engine cannot."""

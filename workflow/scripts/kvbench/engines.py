@@ -162,11 +162,12 @@ def decode_together(
     state = _State(model, None, method, method.join(caches, new_tokens), token, new_tokens, compiled=False)
     state.start(token, torch.cat(places))
     endings = torch.tensor(sorted(stop), dtype=torch.long, device=token.device)
-    for done in range(1, new_tokens):
-        if stop and done % LOOK_EVERY == 0 and bool(torch.isin(state.tokens[:, :done], endings).any(1).all()):
-            return state.tokens[:, :done]
-        state.decode(lambda: None, steps=1)
-    return state.tokens
+    done = 1
+    while done < new_tokens and not (stop and bool(torch.isin(state.tokens[:, :done], endings).any(1).all())):
+        steps = min(LOOK_EVERY, new_tokens - done)
+        state.decode(lambda: None, steps)
+        done += steps
+    return state.tokens[:, :done]
 
 
 class _State:

@@ -80,7 +80,10 @@ class Fused:
     @torch.no_grad()
     def __init__(self, model: Any) -> None:
         known = list(model.modules()) if model.config.model_type in MODELS else []
-        self.norms = [module for module in known if type(module).__name__.endswith("RMSNorm")]
+        # each made once: a compiled step is compiled anew for a function that it has not seen
+        self.norms = [
+            (module, partial(_rms_norm, module)) for module in known if type(module).__name__.endswith("RMSNorm")
+        ]
         self.groups = [
             _Group(module, names)
             for module in known
@@ -92,11 +95,11 @@ class Fused:
     def norms_applied(self) -> Iterator[None]:
         """The model with fused norms."""
         try:
-            for norm in self.norms:
-                norm.forward = partial(_rms_norm, norm)
+            for norm, fused in self.norms:
+                norm.forward = fused
             yield
         finally:
-            for norm in self.norms:
+            for norm, _ in self.norms:
                 del norm.forward
 
     @contextmanager

@@ -47,15 +47,19 @@ def generate_rows(
     found: dict[int, Row | Unsupported] = {}
     groups = equal_lengths([(len(prompt),) for prompt in prompts], method)
     waiting: list[_Prefilled] = []
+    joins = _joins(model, method)
     for group in tqdm(groups, desc="prompts", unit="batch", mininterval=1.0):
         ids = torch.tensor([list(prompts[place]) for place in group], device=model.device)
         try:
-            if prefilled := _prefilled(model, ids, method, group):
-                waiting.append(prefilled)
+            first, cache = decode.prefill(model, ids, method)
+            position = method.next_position(ids.shape[1], cache)
+            if joins and _packs(model, cache):
+                freed = _freed(model, cache, *ids.shape)
+                waiting.append(_Prefilled(group, ids.shape[1], first, cache, position, freed))
             else:
-                decoded = decode.generate(model, ids, method, new_tokens, stop=stop)
-                freed = _freed(model, decoded.cache, len(group), ids.shape[1] + decoded.tokens.shape[1] - 1)
-                found |= _answered(group, decoded.tokens, stop, freed)
+                tokens = decode.follow(model, cache, first, method, position, new_tokens, stop=stop)
+                freed = _freed(model, cache, len(group), ids.shape[1] + tokens.shape[1] - 1)
+                found |= _answered(group, tokens, stop, freed)
         except Unsupported as error:
             found |= dict.fromkeys(group, error)
         if sum(len(each.places) * each.length for each in waiting) >= TOKENS_AT_ONCE:
@@ -113,18 +117,21 @@ class _Prefilled:
     freed: bool
 
 
-def _prefilled(model: Any, ids: torch.Tensor, method: Dense, places: list[int]) -> _Prefilled | None:
-    """The prefill of a batch that can then be decoded together with others; None if it must be decoded by itself."""
-    if not method.packs:
-        return None
-    first, cache = decode.prefill(model, ids, method)
+def _joins(model: Any, method: Dense) -> bool:
+    """Whether this method's prompts can be decoded together, if their caches can."""
     try:
         packed.check(model)
+    except Unsupported:
+        return False
+    return method.packs
+
+
+def _packs(model: Any, cache: Any) -> bool:
+    try:
         packed.check_cache(model, cache)
     except Unsupported:
-        return None
-    position = method.next_position(ids.shape[1], cache)
-    return _Prefilled(places, ids.shape[1], first, cache, position, _freed(model, cache, *ids.shape))
+        return False
+    return True
 
 
 def _together(

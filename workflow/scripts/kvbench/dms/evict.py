@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from kvbench import packed
 from kvbench.errors import Unsupported, UserError
 
 SCALE = 100.0
@@ -143,13 +144,11 @@ def attach(model: Any, heads: Heads) -> list[Any]:
 @contextmanager
 def attached(model: Any, heads: Heads, attention: str) -> Iterator[None]:
     """A model with heads attached and an attention function, registered with transformers, that reads them."""
-    before = model.config._attn_implementation
     handles = attach(model, heads)
-    model.set_attn_implementation(attention)
     try:
-        yield
+        with packed.attention(model, attention):
+            yield
     finally:
-        model.set_attn_implementation(before)
         for handle in handles:
             handle.remove()
 
