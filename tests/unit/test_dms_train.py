@@ -34,7 +34,7 @@ def nothing(*_: Any) -> None:
 def wanted(**changes: Any) -> Retrofit:
     given = {
         "model": "tiny", "window": WINDOW, "cr": 3.0, "lora_rank": 2, "steps": 24, "batch_size": 3, "tokens": TOKENS,
-        "head_learning_rate": 3e-3, "evaluations": 3, "checkpoint_steps": 10,
+        "head_learning_rate": 6e-3, "evaluations": 3, "checkpoint_steps": 10,
     }  # fmt: skip
     return Retrofit(**given | changes)
 
@@ -75,7 +75,7 @@ def test_what_is_asked_grows_and_the_rate_rises_and_falls(steps: int, cr: float,
     rates = [rate(step, steps) for step in range(steps)]
     assert all(0 < one <= 1 for one in rates)
     if steps >= 100:
-        assert max(rates) == 1 and rates[0] < 1 and rates[-1] == pytest.approx(train.LAST_RATE, abs=0.01)
+        assert max(rates) == 1 and rates[0] < 1 and rates[-1] == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize(

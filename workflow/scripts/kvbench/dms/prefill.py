@@ -74,5 +74,5 @@ def attend_masked(
         part = functional.scaled_dot_product_attention(
             grouped[:, :, :, start:end].flatten(2, 3), keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=scale
         )
-        out[:, start:end] = part.view(rows, heads, end - start, head_dim).transpose(1, 2)
+        out[:, start:end] = part.reshape(rows, heads, end - start, head_dim).transpose(1, 2)
     return out

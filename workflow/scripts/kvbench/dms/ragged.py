@@ -21,7 +21,9 @@ def attend_padded(
     """
     folded = query.view(*keys.shape[:2], -1, query.shape[-1])
     mask = torch.arange(keys.shape[2], device=keys.device) < lengths[:, :, None, None]
-    return functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale).view_as(query)
+    return functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale).reshape(
+        query.shape
+    )
 
 
 def attend_paged(

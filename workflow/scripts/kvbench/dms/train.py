@@ -36,8 +36,10 @@ LOGGED = 20
 """Steps between two looks at the training loss; a look makes the host wait for the device."""
 TIMED = (10, 40)
 """Steps between which the speed is measured where the run has to fit into given seconds."""
-WARM_UP, DECAY, LAST_RATE = 30, 0.2, 0.05
-"""Steps of the learning rate's rise, at most a twentieth of all; share of the steps of its fall; where that ends."""
+WARM_UP = 30
+"""Steps of the learning rate's rise, at most a twentieth of all; from there it falls to nothing at the end."""
+EAGER = 3
+"""Steps of a run that are launched kernel by kernel on a GPU; the later ones replay a graph of such a step."""
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 """Norm that gradients are cut at."""
@@ -55,9 +57,8 @@ def asked(settings: Retrofit, step: int, steps: int) -> float:
 
 def rate(step: int, steps: int) -> float:
     """What the learning rates are multiplied by at a step of so many."""
-    rise = (step + 1) / max(1, min(WARM_UP, steps // 20))
-    fall = (steps - step) / max(1, DECAY * steps)
-    return min(1.0, rise, max(LAST_RATE, fall))
+    warm_up = max(1, min(WARM_UP, steps // 20))
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
 class Trainer:
@@ -92,12 +93,21 @@ class Trainer:
         self.rows: list[Row] = []
         self.step, self.steps, self.begun = 0, settings.steps, begun
         self.optimizer, self.rates = _optimizer(student, settings)
+        layers, kv_heads, _ = student.heads.weight.shape
+        rows, tokens = settings.batch_size, settings.tokens
+        self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
+        self.noise = torch.zeros(layers, rows, kv_heads, tokens, device=self.device)
+        self.kept = torch.zeros((), device=self.device)
+        self.rate = [torch.zeros((), device=self.device) for _ in self.rates]
         self.passed = 0
         self.judging_s = 0.0
         self._timed = 0, time.perf_counter()
         self._divergence: Callable[..., torch.Tensor] = divergence
+        self._graph: Any = None
+        self._launched = 0
         if self.device.type == "cuda":
             self._divergence = torch.compile(divergence, dynamic=False)
+            self._stream = torch.cuda.Stream()
 
     @property
     def seconds(self) -> float:
@@ -140,6 +150,7 @@ class Trainer:
             if self.student.net.saves_memory:
                 raise
         self.optimizer.zero_grad(set_to_none=True)
+        self._graph, self._launched = None, 0
         torch.cuda.empty_cache()
         print("out of memory: activations are computed again in the backward pass from now on", flush=True)
         self.student.save_memory()
@@ -147,33 +158,60 @@ class Trainer:
 
     def _train(self) -> tuple[torch.Tensor, ...]:
         """One step of the optimizer; KL a token and the share evicted, on the device."""
+        self._feed()
+        if self.device.type != "cuda":
+            return self._step()
+        if self._launched < EAGER:
+            return self._launch()
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+        return self._found
+
+    def _feed(self) -> None:
+        """Put what differs from step to step where the step reads it."""
         settings, tokens = self.settings, self.settings.tokens
         rows = batch_rows(self.step, settings.batch_size, len(self.train), settings.seed)
         ids = torch.from_numpy(self.train[rows])
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # else the host would wait here for the step before
-        ids = ids.to(self.device, non_blocking=True).long()
-        noise = self._noise(len(ids), tokens)
-        whole = round(settings.dense_share * len(ids))
+        self.ids.copy_(ids, non_blocking=True)
+        generator = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + self.step)
+        self.noise.copy_(soft.logistic(tuple(self.noise.shape), generator))
+        self.kept.fill_(calibrate.share(asked(settings, self.step, self.steps), tokens, settings.window))
+        for group, now, full in zip(self.optimizer.param_groups, self.rate, self.rates, strict=True):
+            group["lr"] = now.fill_(full * rate(self.step, self.steps))
+
+    def _launch(self) -> tuple[torch.Tensor, ...]:
+        """A step kernel by kernel, on the stream of the graph to come."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            found = self._step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._launched += 1
+        return found
+
+    def _capture(self) -> None:
+        """Record a step: the host takes longer to launch the kernels of a small model than the device to run them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            self._found = self._step()
+
+    def _step(self) -> tuple[torch.Tensor, ...]:
+        settings, tokens = self.settings, self.settings.tokens
+        whole = round(settings.dense_share * len(self.ids))
         with precision(self.device):
-            teacher = self.student.teach(ids, fast=True)
-            hidden, evicted = self.student.learn(ids, noise, settings.temperature, whole)
+            teacher = self.student.teach(self.ids, fast=True)
+            hidden, evicted = self.student.learn(self.ids, self.noise, settings.temperature, whole)
             kl = self._kl(teacher, hidden, settings.window + 1)
         share = evicted[..., : tokens - 1 - settings.window].mean()
-        kept = calibrate.share(asked(settings, self.step, self.steps), tokens, settings.window)
-        loss = kl + settings.penalty * torch.clamp(1 - kept - share, min=0)
-        for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = full * rate(self.step, self.steps)
+        loss = kl + settings.penalty * torch.clamp(1 - self.kept - share, min=0)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(list(self.student.trained.values()), CLIP)
         self.optimizer.step()
         return kl.detach(), share.detach()
-
-    def _noise(self, rows: int, tokens: int) -> torch.Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.settings.seed * 1_000_003 + self.step)
-        layers, kv_heads, _ = self.student.heads.weight.shape
-        return soft.logistic((layers, rows, kv_heads, tokens), generator)
 
     def _kl(self, teacher: torch.Tensor, hidden: torch.Tensor, start: int) -> torch.Tensor:
         """Mean KL from position ``start`` on, the first at which a token can be missing; some tokens at a time."""
@@ -273,8 +311,8 @@ def _optimizer(student: Student, settings: Retrofit) -> tuple[torch.optim.Optimi
     rate = settings.learning_rate or RATES["whole" if settings.whole_model else "lora"]
     rates = [settings.head_learning_rate, rate] if weights else [settings.head_learning_rate]
     groups = [{"params": group, "lr": one} for group, one in zip((heads, weights), rates, strict=False)]
-    fused = student.model.device.type == "cuda"
-    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=fused), rates
+    on_gpu = student.model.device.type == "cuda"
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=on_gpu, capturable=on_gpu), rates
 
 
 def batch_rows(step: int, size: int, count: int, seed: int) -> np.ndarray:
