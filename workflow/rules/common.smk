@@ -106,6 +106,13 @@ def adapter(wildcards):
     return sorted(str(path) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
+def environment(wildcards):
+    """What a variant's jobs run in: the code that a DMS checkpoint brings wants older libraries than all the rest."""
+    method = CONFIG.methods[wildcards.method]
+    own = isinstance(method, options.DmsMethod) and method.dms.checkpoint
+    return "../../envs/dms.yaml" if own else "../../envs/gpu.yaml"
+
+
 def workload_sources(wildcards):
     """A model that has no tokenizer needs no prompts."""
     needed = {"manifest": model_manifest(wildcards)}

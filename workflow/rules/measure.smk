@@ -45,7 +45,7 @@ rule prefill:
         f"{RESULTS}/benchmarks/prefill/{{model}}/{{method}}/{{workload}}.tsv"
     priority: smaller_first
     conda:
-        "../../envs/gpu.yaml"
+        environment
     threads: 8
     resources:
         gpu=1,
@@ -72,7 +72,7 @@ rule generation:
         f"{RESULTS}/benchmarks/generation/{{model}}/{{method}}/{{workload}}.tsv"
     priority: smaller_first
     conda:
-        "../../envs/gpu.yaml"
+        environment
     threads: 8
     resources:
         gpu=1,
@@ -98,7 +98,7 @@ rule capacity:
     benchmark:
         f"{RESULTS}/benchmarks/capacity/{{model}}/{{method}}/{{workload}}.tsv"
     conda:
-        "../../envs/gpu.yaml"
+        environment
     threads: 8
     resources:
         gpu=1,
@@ -124,7 +124,7 @@ rule outputs:
     benchmark:
         f"{RESULTS}/benchmarks/outputs/{{model}}/{{method}}.tsv"
     conda:
-        "../../envs/gpu.yaml"
+        environment
     threads: 8
     resources:
         gpu=1,

@@ -50,7 +50,7 @@ rule quality:
     benchmark:
         f"{RESULTS}/benchmarks/quality/{{model}}/{{method}}.tsv"
     conda:
-        "../../envs/gpu.yaml"
+        environment
     threads: 8
     resources:
         gpu=1,

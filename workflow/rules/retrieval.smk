@@ -12,7 +12,7 @@ rule retrieval:
     benchmark:
         f"{RESULTS}/benchmarks/retrieval/{{model}}/{{method}}.tsv"
     conda:
-        "../../envs/gpu.yaml"
+        environment
     threads: 8
     resources:
         gpu=1,

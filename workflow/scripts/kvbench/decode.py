@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from kvbench import masks
+from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 
 
@@ -50,8 +51,16 @@ def prefill(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.T
 
 def _fill(model: Any, input_ids: torch.Tensor, method: Dense, cache: Any) -> torch.Tensor:
     with method.prefill(model):
-        logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1:].argmax(-1)
+        output = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    must_be_given(output.past_key_values, cache)
+    return output.logits[:, -1:].argmax(-1)
+
+
+def must_be_given(found: Any, cache: Any) -> None:
+    """Raise `Unsupported` where a model has read into another cache than the one that it was given."""
+    if found is not cache:
+        kinds = type(found).__name__, type(cache).__name__
+        raise Unsupported(f"the model's own code put a {kinds[0]} in place of the {kinds[1]} that this method reads")
 
 
 class _Recording(DynamicCache):

@@ -85,6 +85,8 @@ class Packed:
         self.fused: tuple[Any, Fused] | None = None
 
     def prefill(self, model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.Tensor, Any]:
+        if method.own_code:
+            raise Unsupported(f"{method.unpackable}; use engine: hf")
         with self._fused(model).norms_applied():
             return decode.prefill(model, input_ids, method)
 
@@ -105,7 +107,7 @@ class Packed:
     ) -> Decoded:
         packed.check(model)
         if not method.packs:
-            raise Unsupported("a press that compresses while decoding changes the cache's shapes; use engine: hf")
+            raise Unsupported(f"{method.unpackable}; use engine: hf")
         fused = self._fused(model)
         mark()
         token, cache = self.prefill(model, input_ids, method)

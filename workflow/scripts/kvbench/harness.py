@@ -78,9 +78,10 @@ def run(variant: Variant, tasks: Tasks, output: Path) -> None:
     spec = grid.method_spec(config, variant.method)
     wanted = config.models[variant.model]
     with devices.exclusive() as device:
-        loaded = loading.load_model(manifest, wanted.dtype, wanted.attention, device)
         try:
             method = methods.build(spec)
+            with method.loading(manifest):
+                loaded = loading.load_model(manifest, wanted.dtype, wanted.attention, device)
             lm = CompressedLM(loaded.model, AutoTokenizer.from_pretrained(tokenizer), method, variant.question_marker)
         except Unsupported as error:
             raise UserError(f"{variant.method} cannot run on {variant.model}: {error}", "Choose another") from error

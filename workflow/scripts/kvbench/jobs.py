@@ -129,7 +129,9 @@ def ready(job: Job, facts: dict[str, Any]) -> Ready:
     }
     method = methods.build(job.variant["spec"])
     facts["import_s"] += time.perf_counter() - begun
-    loaded = load_model(manifest, job.loading["dtype"], job.loading["attention"], torch.device(facts["torch_device"]))
+    device = torch.device(facts["torch_device"])
+    with method.loading(manifest):
+        loaded = load_model(manifest, job.loading["dtype"], job.loading["attention"], device)
     facts |= {
         "load_s": loaded.load_s,
         "load_state": loaded.load_state,

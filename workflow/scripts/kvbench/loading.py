@@ -55,6 +55,8 @@ def load_model(manifest: Manifest, dtype: str, attention: str, device: torch.dev
     state = None if "random" in manifest.source else _state(manifest.path)
     start = time.perf_counter()
     config = AutoConfig.from_pretrained(manifest.path, trust_remote_code=manifest.trust_remote_code)
+    if not hasattr(config, "pad_token_id"):  # a checkpoint's own code reads it, and transformers 5 no longer sets it
+        config.pad_token_id = None
     wanted = _dtype(dtype, config, device)
     if "random" in manifest.source:
         torch.manual_seed(manifest.source["seed"])
@@ -63,6 +65,7 @@ def load_model(manifest: Manifest, dtype: str, attention: str, device: torch.dev
     else:
         model = AutoModelForCausalLM.from_pretrained(
             manifest.path,
+            config=config,
             dtype=wanted,
             attn_implementation=attention,
             trust_remote_code=manifest.trust_remote_code,

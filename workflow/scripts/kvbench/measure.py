@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kvbench import device as devices
 from kvbench.cache import cache_bytes, full_cache_bytes
+from kvbench.decode import must_be_given
 from kvbench.engines import Engine
 from kvbench.intervals import noise
 from kvbench.methods import Dense
@@ -159,6 +160,8 @@ def prefill_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> 
             outputs = model(batch.input_ids, past_key_values=cache, use_cache=True)
             _synchronize(batch.input_ids.device)
             elapsed = time.time() - start
+            if not method.own_code:
+                must_be_given(outputs.past_key_values, cache)
             kept = _cache_record(model, batch, outputs.past_key_values)
         return {"ttft_s": elapsed, "peak_prefill_bytes": memory.peak(), **kept}
 

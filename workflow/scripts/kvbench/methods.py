@@ -36,10 +36,18 @@ class Dense:
     acts_while_decoding = False
     packs = True
     """Whether it decodes over a cache whose shapes no step changes."""
+    unpackable = "a press that compresses while decoding changes the cache's shapes"
+    """Why not, where it does not."""
+    own_code = False
+    """Whether the model brings its own attention and cache, of which no engine may change a thing."""
     shares_prefill = False
     """Whether its prefill is the dense one, with each layer's cache pruned or masked after that layer's own pass."""
     rows_are_independent = True
     """Whether a row of a batch of equal lengths gets the tokens that it would get alone."""
+
+    def loading(self, manifest: Any) -> AbstractContextManager[Any]:
+        """Context in which the model of a manifest is loaded."""
+        return nullcontext()
 
     def check(self, model: Any, batch_size: int) -> None:
         """Raise `Unsupported` where this method cannot be run as asked."""
@@ -171,11 +179,13 @@ def build(spec: dict[str, Any]) -> Dense:
 
     Raises
     ------
-    Unsupported : the press refuses its arguments, or the method is a DMS checkpoint, which this version cannot run.
+    Unsupported : the press refuses its arguments.
     """
     if "dms" in spec:
-        if not spec["dms"].get("adapter"):
-            raise Unsupported("DMS checkpoints are not built yet in this version of kvbench; adapters are")
+        if spec["dms"].get("checkpoint"):
+            from kvbench.dms.nvidia import Checkpoint
+
+            return Checkpoint(spec["dms"]["checkpoint"], spec["dms"]["revision"])
         from kvbench.dms.method import Dms
 
         return Dms(Path(spec["dms"]["adapter"]))

@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class Row:
-    """What a prompt was answered with, and whether its cache took fewer bytes than the full one at the end."""
+    """What a prompt was answered with, and whether its cache held fewer bytes than the full one at the end."""
 
     tokens: list[int]
     freed: bool
@@ -153,4 +153,5 @@ def _answered(places: list[int], tokens: torch.Tensor, stop: Collection[int], fr
 
 
 def _freed(model: Any, cache: Any, rows: int, tokens: int) -> bool:
-    return cache_bytes(cache).allocated < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
+    # live: a cache in blocks may have taken more than the full one ahead, and still read only what it keeps
+    return cache_bytes(cache).live < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)

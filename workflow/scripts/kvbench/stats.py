@@ -176,13 +176,16 @@ def _cache(cell: Row, record: Row) -> Row:
 
 
 def _simulated(cell: Row, cache: Row, end: int | None) -> bool | None:
-    """Whether a method frees no byte, neither of the prompt's cache nor (a decoding press) by the last token."""
-    full, allocated = cache["kv_cache_full_bytes"], cache["kv_cache_allocated_bytes"]
-    if not full or not allocated:
+    """Whether a method drops no byte, neither of the prompt's cache nor (a decoding press) by the last token.
+
+    Live bytes tell: a cache in blocks may have taken more than the full one ahead, and still read only what it keeps.
+    """
+    full, live = cache["kv_cache_full_bytes"], cache["kv_cache_bytes"]
+    if not full or not live:
         return None
     tokens = cell["prompt_tokens"]
     freed_later = end is not None and end < full * (tokens + cell["new_tokens"] - 1) // tokens
-    return bool(cell["compresses"] and allocated >= full and not freed_later)
+    return bool(cell["compresses"] and live >= full and not freed_later)
 
 
 def _timed(row: Row, prefills: list[Row], protocol: str, cell: Row) -> Row:
