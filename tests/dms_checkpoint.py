@@ -1,7 +1,7 @@
 """A stand-in for NVIDIA's DMS checkpoint: a tiny Qwen3 that brings code with that one's names, shapes and manners.
 
-Its code is of this repository's own making (`tests/standin`). `flash_attn` there is what the checkpoint decodes with, in
-plain torch.
+Its code is of this repository's own making (`tests/standin`), and so is `flash_attn` beside it, what the checkpoint
+decodes with, in plain torch.
 """
 
 import json

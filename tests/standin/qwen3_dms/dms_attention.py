@@ -40,7 +40,12 @@ def dms_attention(
 
 
 def _prompt(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decisions: torch.Tensor, scaling: float, window: int
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    decisions: torch.Tensor,
+    scaling: float,
+    window: int,
 ) -> torch.Tensor:
     """A token marked by its successor is read by the queries at most ``window`` after it."""
     tokens, group = queries.shape[2], queries.shape[1] // keys.shape[1]

@@ -57,7 +57,7 @@ class DMSPagedCacheLayer(CacheLayerMixin):
         self._open_blocks(torch.arange(self.page_batch, device=self.device))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: Any = None) -> Any:
-        """Take tokens of [batch, heads, tokens, head_dim], each row's at its end; ``sequence_lengths`` says how many."""
+        """Take tokens [batch, heads, tokens, head_dim], each row's at its end; ``sequence_lengths`` says how many."""
         if self.key_blocks is None:
             self.lazy_initialization(key_states)
         elif key_states.shape[2] > 1:

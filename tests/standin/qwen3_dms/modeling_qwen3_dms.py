@@ -26,7 +26,11 @@ class Qwen3Attention(qwen3.Qwen3Attention):
             project(hidden_states).view(rows, tokens, -1, self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        queries, keys, values = self.q_norm(queries).transpose(1, 2), self.k_norm(keys).transpose(1, 2), values.transpose(1, 2)
+        queries, keys, values = (
+            self.q_norm(queries).transpose(1, 2),
+            self.k_norm(keys).transpose(1, 2),
+            values.transpose(1, 2),
+        )
         deciding, config = slice(None, None, self.num_key_value_groups), self.config
         logits = queries[:, deciding, :, -1] * config.dms_alpha_scale - config.dms_initial_alpha_offset
         decisions = (logits > 0).to(logits.dtype)

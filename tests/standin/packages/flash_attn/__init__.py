@@ -18,7 +18,7 @@ def flash_attn_with_kvcache(
     causal: bool,
     block_table: torch.Tensor,
 ) -> torch.Tensor:
-    """One query a sequence over its blocks: q [sequences, 1, heads, head_dim], caches [blocks, block size, 1, head_dim]."""
+    """One query a sequence over its blocks: [sequences, 1, heads, head_dim] over [blocks, block size, 1, head_dim]."""
     assert k is None and v is None and causal and q.shape[1] == 1
     blocks = -(-int(cache_seqlens.max()) // k_cache.shape[1])
     table = block_table[:, :blocks].clamp(min=0).long()

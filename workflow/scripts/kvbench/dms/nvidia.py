@@ -31,7 +31,9 @@ from kvbench.methods import Dense
 REVISION = "da1535fc3bfb52fa340eca692a7e4e650f98838d"
 """The commit of nvidia/Qwen3-8B-DMS-8x whose structure is described above."""
 
-ENVIRONMENT = "envs/dms.yaml has what it was written for (transformers 4.57.3, flash-attn 2.8.3); use it, or --sdm conda"
+ENVIRONMENT = (
+    "envs/dms.yaml has what it was written for (transformers 4.57.3, flash-attn 2.8.3); use it, or --sdm conda"
+)
 
 SETTINGS = ("dms_window_size", "max_position_embeddings", "num_hidden_layers", "num_key_value_heads")
 LAYER = (
@@ -85,7 +87,9 @@ class Checkpoint(Dense):
                 raise self._differs(f"its {type(model.config).__name__} has no {name}")
         attention = model.config._attn_implementation
         if attention != "sdpa":
-            raise Unsupported(f"{self.repository} reads sdpa's masks, not {attention}'s; set its model's attention: sdpa")
+            raise Unsupported(
+                f"{self.repository} reads sdpa's masks, not {attention}'s; set its model's attention: sdpa"
+            )
         self._cache_class(model)
         self._must_rotate_as_configured(model)
 
@@ -175,7 +179,9 @@ class Checkpoint(Dense):
         except ImportError as error:
             found, why = False, f": {error}"
         if not found:
-            raise Unsupported(f"{self.repository} decodes with flash-attn, which cannot be used here{why}; {ENVIRONMENT}")
+            raise Unsupported(
+                f"{self.repository} decodes with flash-attn, which cannot be used here{why}; {ENVIRONMENT}"
+            )
 
     def _cache_class(self, model: Any) -> Any:
         kind = getattr(sys.modules[type(model).__module__], "DMSCache", None)
@@ -191,7 +197,9 @@ class Checkpoint(Dense):
         second = self._rope_theta ** (-1 / len(frequencies))
         if not torch.isclose(frequencies[1].float().cpu(), torch.tensor(second), rtol=1e-3):
             found = float(frequencies[1]) ** -len(frequencies)
-            raise self._differs(f"its positions rotate by a base of {found:.0f}, not its config's {self._rope_theta:.0f}")
+            raise self._differs(
+                f"its positions rotate by a base of {found:.0f}, not its config's {self._rope_theta:.0f}"
+            )
 
     def _must_be_known(self, cache: Any, model: Any, rows: int) -> None:
         """Hold the cache against what `cache.cache_bytes` and `facts` read of it; nothing here waits for the device."""
