@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_hub
 import torch
 import transformers
-from test_hub import COMMIT, Repo, fetch, hub  # noqa: F401, as fixtures
 
 import dms_checkpoint as standin
 import tiny
@@ -23,6 +23,8 @@ from kvbench.haystack import Prompt
 from kvbench.kept import kept
 from kvbench.manifest import Manifest
 from kvbench.window_table import Window
+
+fetch, hub, COMMIT = test_hub.fetch, test_hub.hub, test_hub.COMMIT  # fixtures, and the commit that the hub has
 
 KNOWN = "is not as kvbench knows it at da1535fc"
 ONCE = measure.Effort(1, 1, 1.0, 1)
@@ -289,45 +291,30 @@ def test_other_attention_kernels_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
+        ("configuration", "self.dms_window_size =", "self.dms_window =", "Qwen3Config has no dms_window_size"),
+        ("configuration", "**kwargs)\n", "**kwargs | {'rope_theta': 1e4})\n", "rotate by a base of 10000, its config"),
+        ("modeling", "from transformers.models.qwen3 ", "from transformers.gone ", "ModuleNotFoundError"),
+        ("modeling", "self.post_init()", "config.gone", "AttributeError: 'Qwen3Config' object has no"),
+        ("modeling", "DMSCache", "OtherCache", "modeling_qwen3_dms has no DMSCache beside Qwen3ForCausalLM"),
         (
-            "configuration_qwen3_dms",
-            "self.dms_window_size =",
-            "self.dms_window =",
-            "Qwen3Config has no dms_window_size",
+            "cache",
+            "context_length: int,\n        accomodate",
+            "context: int,\n        accomodate",
+            "DMSCache cannot be",
         ),
-        (
-            "configuration_qwen3_dms",
-            "**kwargs)\n",
-            "**kwargs | {'rope_theta': 1e4})\n",
-            "rotate by a base of 10000, not",
-        ),
-        (
-            "modeling_qwen3_dms",
-            "from transformers.models.qwen3",
-            "from transformers.models.qwen33",
-            "ModuleNotFoundError",
-        ),
-        ("modeling_qwen3_dms", "self.post_init()", "config.gone", "AttributeError: 'Qwen3Config' object has no"),
-        ("modeling_qwen3_dms", "DMSCache", "OtherCache", "modeling_qwen3_dms has no DMSCache beside Qwen3ForCausalLM"),
-        (
-            "dms_cache",
-            "max_context_length: int,\n        accomodate",
-            "most: int,\n        accomodate",
-            "unexpected keyword",
-        ),
-        ("dms_cache", "self.recent_info", "self.recent", "DMSPagedCacheLayer has no recent_info"),
-        ("dms_cache", "self.cache_seq_lengths", "self.lengths", "DMSPagedCacheLayer has no cache_seq_lengths"),
-        ("dms_cache", "self.page_batch, self.max_blocks", "2 * self.page_batch, self.max_blocks", "block_table of its"),
+        ("cache", "self.recent_info", "self.recent", "DMSPagedCacheLayer has no recent_info"),
+        ("cache", "self.cache_seq_lengths", "self.lengths", "DMSPagedCacheLayer has no cache_seq_lengths"),
+        ("cache", "self.page_batch, self.max_blocks", "2 * self.page_batch, self.max_blocks", "block_table of its"),
     ],
 )
 def test_whatever_is_not_as_known_is_named(
     folder: Path, tmp_path: Path, file: str, old: str, new: str, words: str
 ) -> None:
     mine = Path(shutil.copytree(folder, tmp_path / f"changed-{abs(hash((old, new)))}"))
-    for path in [mine / f"{file}.py"] if old != "DMSCache" else mine.glob("*.py"):
-        text = path.read_text()
-        assert old in text or old == "DMSCache"
-        path.write_text(text.replace(old, new))
+    (first,) = [path for path in mine.glob("*.py") if file in path.name]
+    assert old in first.read_text()
+    for path in mine.glob("*.py") if old == "DMSCache" else [first]:
+        path.write_text(path.read_text().replace(old, new))
     with pytest.raises(Unsupported) as error:
         found = load(standin.manifest(mine))
         decode.prefill(found.model, tiny.ids(2, 20), found.method)
@@ -362,7 +349,7 @@ def base(tmp_path: Path) -> Path:
 def test_it_is_fetched_at_its_commit_with_its_code_and_its_bases_tokenizer(
     fetch: Any, hub: Any, folder: Path, base: Path
 ) -> None:
-    hub.repos[f"models/{standin.REPOSITORY}"] = Repo(
+    hub.repos[f"models/{standin.REPOSITORY}"] = test_hub.Repo(
         {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
     )
     trusted = ["--trust-remote-code", "--tokenizer-from", str(base)]
@@ -386,5 +373,7 @@ def test_it_is_fetched_at_its_commit_with_its_code_and_its_bases_tokenizer(
 def test_another_revision_no_trust_and_no_base(
     fetch: Any, hub: Any, folder: Path, revision: str, options: list[str], words: str
 ) -> None:
-    hub.repos[f"models/{standin.REPOSITORY}"] = Repo({path.name: path.read_bytes() for path in folder.iterdir()})
+    hub.repos[f"models/{standin.REPOSITORY}"] = test_hub.Repo(
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+    )
     assert words in fetch(hub=standin.REPOSITORY, revision=revision, options=options)

@@ -100,8 +100,6 @@ def test_bytes_are_freed_and_what_was_achieved_is_told(adapter: Path) -> None:
     assert facts["window"] == WINDOW and facts["compression_factor"] == pytest.approx(full / measured.live)
 
 
-def test_the_articles_way_and_checkpoints_are_unsupported(adapter: Path) -> None:
+def test_the_articles_way_is_unsupported(adapter: Path) -> None:
     with pytest.raises(Unsupported, match="article"):
         method(adapter).everywhere(tiny.model())
-    with pytest.raises(Unsupported, match="checkpoint"):
-        methods.build({"dms": {"checkpoint": "x/y", "revision": "0" * 40}})
