@@ -81,13 +81,14 @@ def test_its_jobs_run_in_an_environment_of_their_own(tmp_path: Path, monkeypatch
     conda.chmod(0o755)
     monkeypatch.setenv("PATH", str(conda.parent), prepend=":")
 
-    def environments(*targets: str) -> set[str]:
-        asked = ("--sdm", "conda", "--dry-run", "--until", *targets)
+    def environments(variant: str) -> set[str]:
+        files = [f"results/{stage}/{variant}.parquet" for stage in ("outputs", "quality", "retrieval")]
+        files += [f"results/prefill/{variant}/article.json", f"results/generation/{variant}/article.parquet"]
+        asked = ("--sdm", "conda", "--dry-run", "--", *files)
         done = snakemake(ROOT, tmp_path, ROOT / "config" / "article.yaml", *asked)
         assert done.status == 0, done.output
         found = [line for line in done.output.splitlines() if line.startswith("Conda environment")]
         return {line.split("envs/")[1].split()[0] for line in found}
 
-    assert environments("fetch_model", "workload", "windows") == {"gpu.yaml"}
-    for stage in ("prefill", "generation", "outputs", "quality", "retrieval"):
-        assert environments(stage) == {"gpu.yaml", "dms.yaml"}
+    assert environments("qwen3-8b/baseline") == {"analysis.yaml", "gpu.yaml"}
+    assert environments("qwen3-8b-dms/dms-8x") == {"analysis.yaml", "gpu.yaml", "dms.yaml"}
