@@ -83,7 +83,7 @@ def by_the_rule(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
 
 def test_its_code_runs_from_the_manifests_folder(ready: Ready) -> None:
     assert type(ready.model).__module__.endswith(".modeling_qwen3_dms")
-    assert ready.model.config.dms_window_size == standin.WINDOW
+    assert ready.model.config.dms_window_size == standin.WINDOW and ready.model.config.pad_token_id is None
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 100, 257, 400, 520])

@@ -21,3 +21,5 @@ class Qwen3Config(transformers.Qwen3Config):
         self.dms_window_size = dms_window_size
         self.dms_cr = dms_cr
         super().__init__(**kwargs)
+        if "pad_token_id" not in kwargs:  # transformers 5 no longer sets it on a config class that is not its own
+            del self.pad_token_id
