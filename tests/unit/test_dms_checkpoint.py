@@ -88,10 +88,10 @@ def test_its_code_runs_from_the_manifests_folder(ready: Ready) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 100, 257, 400, 520])
 def test_a_step_at_a_time_gives_what_the_whole_prompt_gives(ready: Ready, tokens: int) -> None:
-    ids = tiny.ids(3, tokens, tokens)
+    ids = tiny.ids(2, tokens, tokens)
     engine = engines.engine("auto", ids.device)
-    found = engine.generate(ready.model, ids, ready.method, 12, nothing, nothing).tokens
-    assert found.tolist() == by_the_rule(ready.model, ids, 12).tolist()
+    found = engine.generate(ready.model, ids, ready.method, 8, nothing, nothing).tokens
+    assert found.tolist() == by_the_rule(ready.model, ids, 8).tolist()
 
 
 def test_bytes_are_those_of_its_own_cache(ready: Ready) -> None:
@@ -199,6 +199,24 @@ def test_in_the_articles_way_pads_are_seen_by_its_mask(ready: Ready, side: str) 
     heads = ready.model.config.num_key_value_heads
     for layer, expected in zip(output.past_key_values.layers, alone.past_key_values.layers, strict=True):
         assert layer.cache_seq_lengths[heads:].tolist() == expected.cache_seq_lengths.tolist()
+
+
+def test_a_tokenizer_that_transformers_5_has_saved_is_read_by_4(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tinyrun.tokenizer([" ".join(tinyrun.WORDS)] * 5, 300)
+    tokenizer.save_pretrained(tmp_path)
+
+    def as_in_4(*_: Any, **__: Any) -> None:
+        raise ValueError("Tokenizer class TokenizersBackend does not exist or is not currently imported.")
+
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", as_in_4)
+    found, text = loading.load_tokenizer(tmp_path), "the cache</s> keeps"
+    assert found(text)["input_ids"] == tokenizer(text)["input_ids"] and found.eos_token == "</s>"
+    assert found.chat_template == tinyrun.TEMPLATE
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="TokenizersBackend"):
+        loading.load_tokenizer(tmp_path)
 
 
 # --- what it cannot do ---

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvbench.errors import Unsupported
+from kvbench.loading import load_tokenizer
 from kvbench.methods import Dense
 from kvbench.rows import generate_rows, unpadded, until_end
 
@@ -29,9 +30,7 @@ def alone(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Lim
     ----------
     prompts : prompts.parquet; the first ``limits.count`` rows are answered.
     """
-    from transformers import AutoTokenizer
-
-    tok = AutoTokenizer.from_pretrained(tokenizer)
+    tok = load_tokenizer(tokenizer)
     rows = _first(prompts, limits.count)
     ids = [encode(tok, row["prompt"])[: limits.max_prompt_tokens] for row in rows]
     answers = _alone(model, tok, method, ids, limits.new_tokens, end_ids(model, tok))
@@ -44,9 +43,7 @@ def both_ways(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits:
     Source: the article's ``generate_text_samples``: no chat template, the tokenizer's own end of sequence. Presses
     read the pads as tokens in the batch, so that its texts show the padding's doing beside the press's.
     """
-    from transformers import AutoTokenizer
-
-    tok = AutoTokenizer.from_pretrained(tokenizer)
+    tok = load_tokenizer(tokenizer)
     tok.padding_side, tok.pad_token = "left", tok.eos_token
     rows = _first(prompts, limits.count)
     texts = [row["prompt"] for row in rows]

@@ -1,4 +1,4 @@
-"""A checkpoint from its manifest onto a device."""
+"""A checkpoint from its manifest onto a device, and a tokenizer from its folder."""
 
 import ctypes
 import mmap
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from kvbench.manifest import Manifest, check_manifest_files
 
@@ -75,6 +75,17 @@ def load_model(manifest: Manifest, dtype: str, attention: str, device: torch.dev
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Loaded(model, time.perf_counter() - start, state, _weights_bytes(model))
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, whichever version of transformers has saved it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ValueError:
+        # transformers 5 gives the class a name that 4 does not know; what it saves is the same
+        if not (folder / "tokenizer.json").exists():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _state(folder: Path) -> str | None:
