@@ -117,8 +117,8 @@ def _decimals(value: float, significant: int) -> int:
 
 
 def digits(kind: str) -> int:
-    """Significant digits worth showing: bytes are counted, times are not that sharp."""
-    return 4 if kind == "bytes" else 3
+    """Significant digits worth showing, of a number that has more: bytes are counted, times are not that sharp."""
+    return {"bytes": 4, "count": 1, "tokens": 1}.get(kind, 3)
 
 
 def quantity(column: str, value: float | None, device: str = "") -> str:
