@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ def heads(keep: float, window: int, seed: int = 0) -> evict.Heads:
         made.weight.data.zero_()
         made.bias.data.fill_(1.0 - 2 * keep)
     return made.requires_grad_(False)
+
+
+def adapter(folder: Path, made: evict.Heads, architecture: str = "Llama") -> Any:
+    """Save an adapter of heads and a random LoRA into a folder; returns the model that it makes of the tiny one."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"])
+    trained = get_peft_model(copy.deepcopy(tiny.model(architecture)), lora)
+    for name, weight in trained.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1)
+    trained.save_pretrained(folder)
+    evict.save(made, folder)
+    return trained.merge_and_unload().requires_grad_(False)
 
 
 class Reference:

@@ -173,10 +173,7 @@ def outputs(method: str) -> list[Row]:
 
 def plan(**quality_config: Any) -> Row:
     """plan.json: the variants' cells, and what of the resolved config the statistics ask for."""
-    cells = [
-        {"model": MODEL, "method": m, "variant": m, "baseline": "baseline", "compresses": m != "baseline"}
-        for m in METHODS
-    ]
+    cells = [{"model": MODEL, "method": m, "variant": m, "baseline": "baseline"} for m in METHODS]
     retrieval_config = {
         "tasks": list(TASKS),
         "samples": SAMPLES,

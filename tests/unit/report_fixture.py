@@ -104,6 +104,7 @@ def _cell(method: str, workload: str, device: str, protocol: str) -> dict[str, A
         "status_reason": None,
         "repeats": 5,
         "simulated": method.startswith("adakv"),
+        "kept_fraction": KEPT.get(method, 1.0),
         "baseline": None if method == "baseline" else "baseline",
         "attention": "sdpa",
         "article_warm_tokens_per_s": None,

@@ -1,6 +1,7 @@
 """The config: what it fills in, and what it says of everything that is wrong."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbench import config, grid
+from kvbench.dms import layout
 from kvbench.errors import UserError
 
 COMMIT = "b968826d9c46dd6066d109eabc6255188de91218"
@@ -181,6 +183,32 @@ def test_a_budget_is_part_of_a_method_only_where_it_is_set() -> None:
     assert grid.method_spec(loaded, "baseline") == {}
     assert grid.method_spec(loaded, "knorm-0.8") == SMALLEST["methods"]["knorm-0.8"]
     assert grid.method_spec(loaded, "kept") == budget
+
+
+def test_an_adapter_is_checked_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = method({"dms": {"adapter": "mine"}})
+    with pytest.raises(UserError, match=f"methods.x.dms.adapter: no {layout.HEADS} in 'mine'"):
+        config.load(asked)
+    Path("mine").mkdir()
+    Path("mine", layout.HEADS).write_bytes(b"heads")
+    spec = grid.method_spec(config.load(asked), "x")
+    assert spec == {"dms": {"adapter": "mine", "files": {layout.HEADS: hashlib.sha256(b"heads").hexdigest()}}}
+    Path("mine", layout.LORA).touch()
+    with pytest.raises(UserError, match="has adapter_model.safetensors without its other half"):
+        config.load(asked)
+
+
+def test_an_adapter_that_is_not_here_may_come_with_kvbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kvbench/adapters/x").mkdir(parents=True)
+    (tmp_path / "kvbench/adapters/x" / layout.HEADS).write_bytes(b"theirs")
+    monkeypatch.setattr(layout, "KVBENCH", tmp_path / "kvbench")
+    monkeypatch.chdir(tmp_path)
+    folder = Path("adapters/x")
+    assert layout.contents(folder) == [tmp_path / "kvbench" / folder / layout.HEADS] and layout.problem(folder) is None
+    folder.mkdir(parents=True)
+    (folder / layout.HEADS).write_bytes(b"mine")
+    assert layout.contents(folder) == [folder / layout.HEADS]
 
 
 def dms_config(variants: Any) -> dict[str, Any]:

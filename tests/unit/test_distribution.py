@@ -1,7 +1,9 @@
 """What compression does to the next token's distribution, against plain and slow ways to count it."""
 
+import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dms_reference
 import tiny
 from kvbench import distribution, masks, methods
 from kvbench.decode import continue_from, prefill, prefill_both
@@ -193,8 +196,6 @@ def test_a_press_that_acts_while_decoding_is_judged_at_every_step() -> None:
 
 
 def test_the_noise_floor() -> None:
-    import copy
-
     model, chosen = tiny.model(), windows(5, 80, 8)
     found = list(distribution.noise(model, copy.deepcopy(model).to(torch.bfloat16), chosen))
     assert [part["reference"] for part in found] == ["batch"] * 5 + ["dtype"] * 5
@@ -214,8 +215,6 @@ def test_one_window_has_a_noise_floor_too() -> None:
 
 
 def test_a_retrofit_is_compared_with_its_original() -> None:
-    import copy
-
     original, model, chosen = tiny.model(), copy.deepcopy(tiny.model()), windows(2, 80, 5)
     same = list(distribution.against_full(model, methods.build(KNORM), chosen, original))
     plain = list(distribution.against_full(original, methods.build(KNORM), chosen))
@@ -224,6 +223,31 @@ def test_a_retrofit_is_compared_with_its_original() -> None:
         model.lm_head.weight.mul_(1.5)
     (part, _) = distribution.against_full(model, Dense(), chosen, original)
     assert part["kl"].min() > 0 and part["kept_fraction"] == 1.0
+
+
+def test_a_method_that_changes_the_weights_is_compared_with_the_model_before(tmp_path: Path) -> None:
+    heads, chosen = dms_reference.heads(0.3, 12), windows(3, 80, 6)
+    changed = dms_reference.adapter(tmp_path, heads)
+    method, model = methods.build({"dms": {"adapter": str(tmp_path)}}), copy.deepcopy(tiny.model())
+    found = list(distribution.against_full(model, method, chosen))
+    assert torch.equal(model.lm_head.weight, tiny.model().lm_head.weight)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, tiny.model().model.layers[0].mlp.up_proj.weight)
+    for window, part in zip(chosen, found, strict=True):
+        ids = torch.tensor([window.prefix_ids + window.continuation_ids[:-1]])
+        with torch.no_grad():
+            original, dense = tiny.model()(ids).logits[0, 80:], changed(ids).logits[0, 80:]
+        evicting = dms_reference.Reference(changed, heads, ids).logits[0, 80:]
+        after = torch.tensor(window.continuation_ids[1:])
+        expected = distribution.compare(original, evicting, after)
+        for column in ("kl", "nll", "nll_full"):
+            assert part[column] == pytest.approx(expected[column], abs=1e-5)
+        assert part["kl_dense"] == pytest.approx(distribution.compare(original, dense, after)["kl"], abs=1e-5)
+        assert part["kl_dense"].mean() > 1e-4 and 0 < part["kept_fraction"] < 0.9 and not part["simulated"]
+
+
+def test_weights_that_stay_have_no_figure_of_their_change() -> None:
+    (part,) = distribution.against_full(tiny.model(), methods.build(KNORM), windows(1, 60, 4))
+    assert part["kl_dense"] is None
 
 
 @pytest.mark.parametrize(

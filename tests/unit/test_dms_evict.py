@@ -8,7 +8,7 @@ import torch
 
 import dms_reference
 import tiny
-from kvbench.dms import adapter, calibrate, evict
+from kvbench.dms import adapter, calibrate, evict, layout
 from kvbench.dms.attention import ATTENTION
 from kvbench.dms.cache import CompactCache
 from kvbench.errors import Unsupported, UserError
@@ -106,7 +106,7 @@ def test_a_lora_is_merged_into_the_weights(architecture: str, tmp_path: Path) ->
 
 def test_half_a_lora_is_refused(tmp_path: Path) -> None:
     evict.save(dms_reference.heads(0.5, 8), tmp_path)
-    (tmp_path / adapter.CONFIG).write_text("{}")
+    (tmp_path / layout.LORA_CONFIG).write_text("{}")
     with pytest.raises(UserError, match="other half"):
         adapter.load(dms_reference.model("Llama"), tmp_path)
 

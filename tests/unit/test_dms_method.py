@@ -9,11 +9,13 @@ import torch
 
 import dms_reference
 import tiny
-from kvbench import engines, methods, rows
+from kvbench import engines, measure, methods, rows
 from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.decode import generate, prefill
 from kvbench.dms import evict
 from kvbench.errors import Unsupported
+from kvbench.kept import kept
+from kvbench.nvml import Watch
 
 WINDOW = 12
 
@@ -98,6 +100,35 @@ def test_bytes_are_freed_and_what_was_achieved_is_told(adapter: Path) -> None:
     assert measured.live < measured.allocated < full / 2
     facts = dms.facts(cache)
     assert facts["window"] == WINDOW and facts["compression_factor"] == pytest.approx(full / measured.live)
+    assert facts["kept_fraction"] == pytest.approx(kept(model, cache, 2, 400).fraction)
+    assert methods.Dense().facts(cache) == {}
+
+
+@pytest.mark.parametrize("name", ["hf", "graph"])
+def test_a_cell_records_what_was_kept_after_the_prompt_and_at_the_end(name: str, adapter: Path) -> None:
+    model, dms, effort = copy.deepcopy(tiny.model()), method(adapter), measure.Effort(1, 1, 0.9, 1)
+    batch, engine = measure.Batch(tiny.ids(2, 200), None, 40, 0), engines.engine(name, torch.device("cpu"))
+    (before,) = measure.prefill_standard(model, batch, dms, effort, engine, Watch(None))["repeats"]
+    (after,) = measure.generation_standard(model, batch, dms, effort, engine, Watch(None))["repeats"]
+    assert before["kept_fraction"] == before["facts"]["kept_fraction"] < 0.5 and before["facts"]["window"] == WINDOW
+    assert before["kept_fraction"] == pytest.approx(before["kv_cache_bytes"] / before["kv_cache_full_bytes"])
+    full = full_cache_bytes(model.config, 2, 200 + 39, 4)
+    assert after["kept_fraction_end"] == pytest.approx(after["kv_cache_end_bytes"] / full)
+    assert before["simulated"] is after["simulated"] is False
+    (dense,) = measure.generation_standard(tiny.model(), batch, methods.Dense(), effort, engine, Watch(None))["repeats"]
+    assert "kept_fraction_end" not in dense
+
+
+def test_a_prompt_within_the_window_has_nothing_to_evict_and_simulates_nothing(adapter: Path) -> None:
+    model, dms = copy.deepcopy(tiny.model()), method(adapter)
+    prompts = [tiny.ids(1, tokens, tokens)[0].tolist() for tokens in (3, WINDOW + 1)]
+    batch, effort = measure.Batch(tiny.ids(1, WINDOW + 1), None, 4, 0), measure.Effort(1, 1, 0.9, 1)
+    engine = engines.engine("hf", torch.device("cpu"))
+    for answer in rows.generate_rows(model, prompts, dms, 4):
+        assert isinstance(answer, rows.Row) and not answer.simulated
+    (before,) = measure.prefill_standard(model, batch, dms, effort, engine, Watch(None))["repeats"]
+    assert (before["kept_fraction"], before["simulated"]) == (1.0, False)
+    assert before["kv_cache_allocated_bytes"] > before["kv_cache_full_bytes"]
 
 
 def test_the_articles_way_is_unsupported(adapter: Path) -> None:

@@ -84,6 +84,22 @@ def test_words_on_random_pruning_and_noise(scores: Scores) -> None:
     assert "retrieval of adakv-snapkv-0.5: out of memory" in words["Without figures"]
 
 
+def test_what_changed_weights_cost_by_themselves_is_told(scores: Scores) -> None:
+    assert "Changed weights" not in said(scores)
+    row = scores.row("snapkv-0.5", "kl_mean", "all")
+    assert row is not None
+    dense = {**row, "metric": "kl_dense", "value": 0.0021, "verdict": None, "difference": None}
+    dense["control_difference"] = None
+    with_dense = Scores([*scores.rows, dense])
+    assert said(with_dense)["Changed weights"] == (
+        "snapkv-0.5 has a KL to the original of 0.00210 nats with nothing evicted, 0.0489 as it runs."
+    )
+    table = quality_report.section(with_dense, {}, [])["table"]
+    place = [column.title for column in table["columns"]].index("KL, nothing evicted")
+    assert [row["cells"][place]["value"] for row in table["rows"] if row["label"] == "snapkv-0.5"] == ["0.00210"]
+    assert {row["cells"][place]["value"] for row in table["rows"]} == {"0.00210", "–"}
+
+
 def test_what_is_not_decided_is_not_called_equal(scores: Scores) -> None:
     open_ = changed(scores, "expected-attention-0.5", "kl_mean", verdict="unknown")
     open_ = changed(open_, "expected-attention-0.5", "overall", verdict="unknown")

@@ -295,6 +295,24 @@ def test_a_simulated_gain_is_called_so():
     assert findings.headline(cells, [], {}).startswith("knorm-0.8 (simulated) decodes 63% more")
 
 
+def test_what_a_method_with_a_window_came_to_is_told(tmp_path):
+    cells = fixture.stats()
+    for cell in cells:
+        cell["block_size"] = 256 if cell["workload"] == "long" else None
+        cell.update(dict.fromkeys(("window", "kept_fraction_end")))
+        if cell["method"] == "knorm-0.8":
+            cell.update(window=64, kept_fraction_end=0.21)
+    page = Page(rendered(tmp_path, cells))
+    assert (
+        "knorm-0.8 keeps 19.9% of the prompt’s cache, a compression of 5.03×, and 21.0% at the last token; its window"
+        " has 64 tokens and blocks of 256 tokens." in page.words
+    )
+    assert page.words.count("its window has 64 tokens") == 2  # once a workload
+    assert "Cache that can be read" in page.words and "Windowtokens" in page.words
+    plain = Page(rendered(tmp_path, fixture.stats()))
+    assert "its window has" not in plain.words and "Window" not in plain.words
+
+
 def test_long_texts_are_cut_with_a_count():
     assert texts.clip("x" * 20_000) == "x" * 20_000
     assert texts.clip("x" * 25_000).endswith("… 5,000 more characters")

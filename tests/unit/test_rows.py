@@ -116,4 +116,4 @@ def test_a_prompt_that_the_method_refuses_leaves_the_others_be() -> None:
     method = methods.build(METHODS["SnapKVPress"](0.5))
     short, long = rows.generate_rows(tiny.model(), [[1] * 20, [1] * 90], method, NEW)
     assert isinstance(short, Unsupported) and "window" in str(short)
-    assert isinstance(long, rows.Row) and long.freed
+    assert isinstance(long, rows.Row) and not long.simulated

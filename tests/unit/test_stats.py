@@ -14,7 +14,7 @@ from scipy.stats import binom
 from kvbench import cells, intervals, limits, stats, tables
 
 CELL = {
-    "model": "m", "method": "knorm", "variant": "knorm", "baseline": "baseline", "compresses": True, "workload": "w",
+    "model": "m", "method": "knorm", "variant": "knorm", "baseline": "baseline", "workload": "w",
     "batch_size": 2, "prompt_tokens": 10, "new_tokens": 5,
 }  # fmt: skip
 FACTS = {"engine": "hf", "device": "cpu: x (2 threads)", "attention": "sdpa", "load_s": 1.0}
@@ -41,6 +41,8 @@ def prefill(status: str = "ok", reason: str | None = None, **repeat: Any) -> dic
         "kv_cache_allocated_bytes": 120,
         "kv_cache_full_bytes": 200,
         "ttft_s": 1.0,
+        "kept_fraction": 0.5,
+        "simulated": False,
     }
     repeats = [cache | repeat] * 3 if status == "ok" else []
     return {"status": status, "status_reason": reason, "repeats": repeats}
@@ -101,18 +103,26 @@ def test_energy_is_that_of_its_own_windows_and_capacity_what_was_searched(tmp_pa
     assert (row["largest_batch"], row["longest_prompt_tokens"]) == (96, 4096)
 
 
-@pytest.mark.parametrize(("end", "simulated"), [(280, True), (140, False)])
-def test_simulated_is_told_by_bytes(tmp_path: Path, end: int, simulated: bool) -> None:
-    full = {"kv_cache_bytes": 200, "kv_cache_allocated_bytes": 200}
-    write(tmp_path, [{"ttft_s": 1.0, "kv_cache_end_bytes": end}], prefill(**full))
-    assert stats.merge(plan(), tmp_path)[1][0]["simulated"] is simulated
+@pytest.mark.parametrize(
+    ("prompt", "end", "simulated"), [(True, None, True), (True, False, False), (False, True, True)]
+)
+def test_what_the_last_token_finds_decides_whether_a_method_is_simulated(
+    tmp_path: Path, prompt: bool, end: bool | None, simulated: bool
+) -> None:
+    write(tmp_path, [{"ttft_s": 1.0, "simulated": end}] * 2, prefill(simulated=prompt))
+    repeats, (row,) = stats.merge(plan(), tmp_path)
+    assert row["simulated"] is simulated and {repeat["simulated"] for repeat in repeats} == {simulated}
 
 
-def test_the_baseline_is_never_simulated(tmp_path: Path) -> None:
-    full = {"kv_cache_bytes": 200, "kv_cache_allocated_bytes": 200}
-    write(tmp_path, [{"ttft_s": 1.0, "kv_cache_end_bytes": 280}], prefill(**full))
-    row = stats.merge(plan(compresses=False, baseline="knorm"), tmp_path)[1][0]
-    assert row["simulated"] is False and row["baseline"] is None
+def test_what_a_method_says_of_its_cache_is_carried(tmp_path: Path) -> None:
+    facts = {"window": 64, "block_size": 16, "kept_fraction": 0.3, "compression_factor": 3.3}
+    write(tmp_path, [{"ttft_s": 1.0, "kept_fraction_end": 0.25}], prefill(kept_fraction=0.3, facts=facts))
+    outputs = {name: tmp_path / f"{name}.x" for name in ("measurements", "stats", "csv")}
+    stats.write(plan(), tmp_path, outputs, {})
+    for name in ("measurements", "stats"):
+        (row,) = pq.read_table(outputs[name]).to_pylist()
+        assert (row["window"], row["block_size"]) == (64, 16)
+        assert (row["kept_fraction"], row["kept_fraction_end"]) == (0.3, 0.25)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "generation"])

@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.parquet as pq
 from runner import ROOT, snakemake
 
-import dms_reference
 import tinyrun
 from kvbench.dms import evict
 
@@ -45,13 +44,6 @@ def test_every_measurement_of_a_retrofit_waits_for_it(tmp_path: Path) -> None:
     jobs = re.findall(r"^rule (\w+):\n    input: (.*)\n    output: (.*)$", done.output, re.M)
     waiting = {rule for rule, needed, made in jobs if f"{TRAINED}/adapter" in needed and "/mine" in made}
     assert waiting == {"prefill", "generation", "outputs", "quality", "retrieval"}
-
-
-def test_a_change_of_an_adapter_of_ones_own_is_seen(tmp_path: Path) -> None:
-    evict.save(dms_reference.heads(0.3, 8), tmp_path / "mine")
-    config = tinyrun.make(tmp_path, methods={"dms": {"dms": {"adapter": "mine"}}})
-    done = snakemake(ROOT, tmp_path, config, "--dry-run")
-    assert f"mine/{evict.FILE}" in done.output, done.output
 
 
 def test_only_a_models_own_text_takes_a_device(tmp_path: Path) -> None:

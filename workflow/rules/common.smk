@@ -11,6 +11,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from kvbench import config as configs
 from kvbench import grid, options, stats
+from kvbench.dms import layout
 from kvbench.errors import UserError
 from kvbench.provenance import canonical, fingerprint
 
@@ -31,6 +32,7 @@ RESULTS = CONFIG.results
 DATASET = CONFIG.dataset.name
 VARIANTS = grid.variants(CONFIG)
 CELLS = grid.cells(CONFIG)
+SPECS = {method: grid.method_spec(CONFIG, method) for method in CONFIG.methods}
 # inside a deployed environment its own python comes first on the path; elsewhere, the one that runs Snakemake
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
 # jobs on this machine are forked from one process that has imported the libraries; those of a cluster run alone
@@ -96,14 +98,14 @@ def original_manifest(wildcards):
 
 
 def adapter(wildcards):
-    """The adapter that a job's method runs: of a retrofit here, or the user's own files, so that a change is seen."""
+    """The adapter that a job's method runs: of a retrofit here, or the user's own files."""
     method = CONFIG.methods[wildcards.method]
     if not isinstance(method, options.DmsMethod) or method.dms.checkpoint:
         return []
     if method.dms.retrofit:
         return grid.adapter_folder(CONFIG, method.dms.retrofit)
-    folder = Path(method.dms.adapter)
-    return sorted(str(path) for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    # the spec has their hashes, so that a change is seen whatever the files' times are
+    return [ancient(str(path)) for path in layout.contents(method.dms.adapter)]
 
 
 def environment(wildcards):
@@ -201,8 +203,7 @@ def has_tokenizer(model):
 
 def variant_of(wildcards):
     """A variant for its jobs: what to run, not how the report calls it."""
-    spec = grid.method_spec(CONFIG, wildcards.method)
-    return canonical({"model": wildcards.model, "method": wildcards.method, "spec": spec})
+    return canonical({"model": wildcards.model, "method": wildcards.method, "spec": SPECS[wildcards.method]})
 
 
 def loading_of(wildcards):

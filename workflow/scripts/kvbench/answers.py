@@ -84,8 +84,7 @@ def _alone(
         if isinstance(row, Unsupported):
             answers.append(about | _refused(row))
         else:
-            simulated = method.compresses and not row.freed
-            answers.append(about | {"simulated": simulated} | _answer(tokenizer, row.tokens, stop))
+            answers.append(about | {"simulated": row.simulated} | _answer(tokenizer, row.tokens, stop))
     return answers
 
 

@@ -35,6 +35,8 @@ GENERATION = pa.schema(
         ("peak_decode_bytes", pa.int64()),
         ("reserved_bytes", pa.int64()),
         ("kv_cache_end_bytes", pa.int64()),
+        ("kept_fraction_end", pa.float64()),
+        ("simulated", pa.bool_()),
         ("tokens_sha256", pa.string()),
         ("warmup_runs", pa.int32()),
         ("sm_clock_mhz", pa.float64()),

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from kvbench import presses
+from kvbench.dms import layout
 from kvbench.errors import UserError
 from kvbench.options import (
     CONTINUATION,
     NAME,
     Dataset,
+    Dms,
     DmsMethod,
     HubSource,
     Method,
@@ -60,9 +62,8 @@ class Config(Strict):
         for name, method in self.methods.items():
             if isinstance(method, PressMethod):
                 found += presses.check(method.model_dump(), f"methods.{name}")
-            elif isinstance(method, DmsMethod) and method.dms.retrofit not in (None, *self.retrofits):
-                hint = nearest(str(method.dms.retrofit), self.retrofits)
-                found.append(f"methods.{name}.dms.retrofit: there is no retrofit {method.dms.retrofit!r}{hint}")
+            elif isinstance(method, DmsMethod):
+                found += self._dms_problems(f"methods.{name}.dms", method.dms)
         for name, model in self.models.items():
             found += self._model_problems(f"models.{name}", model)
         for name, retrofit in self.retrofits.items():
@@ -82,6 +83,13 @@ class Config(Strict):
                 f"protocol.max_repeats: {self.protocol.max_repeats} is less than repeats, {self.protocol.repeats}"
             )
         return found + self._variant_problems()
+
+    def _dms_problems(self, where: str, dms: Dms) -> list[str]:
+        if dms.retrofit not in (None, *self.retrofits):
+            hint = nearest(str(dms.retrofit), self.retrofits)
+            return [f"{where}.retrofit: there is no retrofit {dms.retrofit!r}{hint}"]
+        problem = layout.problem(dms.adapter) if dms.adapter is not None else None
+        return [f"{where}.adapter: {problem}"] if problem else []
 
     def _model_problems(self, where: str, model: Model) -> list[str]:
         found = _missing_source(where, model.source)

@@ -171,7 +171,20 @@ def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
         if groups:
             name = words.QUANTITIES[column].name(device(cells))
             findings.append(Finding(name, "; ".join(groups) + "."))
-    return findings
+    achieved = "; ".join(_achieved(row) for row in cells if row["status"] == "ok" and row.get("window"))
+    return [*findings, Finding("Kept", f"{achieved}.")] if achieved else findings
+
+
+def _achieved(row: Row) -> str:
+    """What a method with a window came to, whatever was asked of it."""
+    names = ("window", "block_size", "kept_fraction", "kept_fraction_end", "kv_compression_factor")
+    said = {name: words.quantity(name, row.get(name)) for name in names}
+    blocks = f" and blocks of {said['block_size']}" if row.get("block_size") else ""
+    end = f", and {said['kept_fraction_end']} at the last token" if row.get("kept_fraction_end") is not None else ""
+    return (
+        f"{_name(row)} keeps {said['kept_fraction']} of the prompt’s cache, a compression of"
+        f" {said['kv_compression_factor']}{end}; its window has {said['window']}{blocks}"
+    )
 
 
 def _groups(pairs: Sequence[tuple[Row, Row]], column: str) -> list[str]:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from kvbench import files
 from kvbench.config import Config
+from kvbench.dms import layout
 from kvbench.options import DmsMethod, PressMethod
 
 
@@ -57,11 +59,14 @@ def method_spec(config: Config, method: str) -> dict[str, object]:
     """A method as plain JSON values: ``{}`` for none, ``{"press": …, "args": …}`` or ``{"dms": {…}}``.
 
     A press has ``kept_tokens`` only where it is set, so that results without it stay what they are. A retrofit is named
-    by the folder of its adapter.
+    by the folder of its adapter, another adapter also by the hashes of its ``files``.
     """
     spec = config.methods[method]
     if isinstance(spec, DmsMethod) and spec.dms.retrofit is not None:
         return {"dms": {"adapter": adapter_folder(config, spec.dms.retrofit)}}
+    if isinstance(spec, DmsMethod) and spec.dms.adapter is not None:
+        hashes = {path.name: files.sha256(path) for path in layout.contents(spec.dms.adapter)}
+        return {"dms": {"adapter": str(spec.dms.adapter), "files": hashes}}
     dumped = spec.model_dump(mode="json") if isinstance(spec, PressMethod | DmsMethod) else {}
     return {key: value for key, value in dumped.items() if value is not None}
 
@@ -82,7 +87,6 @@ def plan(config: Config) -> dict[str, object]:
                 "method": variant.method,
                 "variant": variant.label,
                 "baseline": variant.baseline,
-                "compresses": bool(method_spec(config, variant.method)),
                 "workload": cell.workload,
                 "batch_size": workload.batch_size,
                 "prompt_tokens": workload.prompt_tokens,

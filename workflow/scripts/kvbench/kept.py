@@ -19,7 +19,8 @@ class Kept:
     Attributes
     ----------
     fraction : bytes of the keys and values that can be read, of those of the uncompressed cache.
-    simulated : whether the rest is only hidden or zeroed, and not a byte of it freed.
+    simulated : whether something is hidden or zeroed, and not a byte freed. A method that finds nothing to evict, in a
+        prompt that is shorter than its window, hides nothing.
     """
 
     fraction: float
@@ -109,5 +110,7 @@ def _unread_bytes(layer: Any, kept: Any) -> int:
     head_dim = kept.keys.shape[3]
     seen = masks.readable(layer, kept.keys)
     hidden = int((~seen).sum()) * 2 * head_dim
-    zeroed = int(((kept.keys == 0).all(2).sum(-1) * seen.sum(-1)).sum())
+    # counted, not compared, so that nothing of the keys' size is made beside them
+    zero = torch.linalg.vector_norm(kept.keys, ord=0, dim=2) == 0
+    zeroed = int((zero.sum(-1) * seen.sum(-1)).sum())
     return (hidden + zeroed) * int(kept.keys.element_size())

@@ -17,6 +17,7 @@ from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.decode import must_be_given
 from kvbench.engines import Engine
 from kvbench.intervals import noise
+from kvbench.kept import kept
 from kvbench.methods import Dense
 from kvbench.nvml import Watch
 
@@ -82,7 +83,7 @@ def prefill_standard(model: Any, batch: Batch, method: Dense, effort: Effort, en
             "peak_prefill_bytes": memory.peak(),
             "reserved_prefill_bytes": memory.reserved(),
             **watch.end(),
-            **_cache_record(model, batch, cache),
+            **_cache_record(model, batch, method, cache),
         }
 
     warmup, _ = _warm_up(run, "ttft_s", effort.max_warmup_runs)
@@ -129,6 +130,7 @@ def generation_standard(
             "peak_decode_bytes": peak_decode,
             "reserved_bytes": memory.reserved(),
             "kv_cache_end_bytes": cache_bytes(decoded.cache).live,
+            **_end_record(model, batch, method, decoded.cache),
             "tokens_sha256": hashlib.sha256(decoded.tokens.cpu().numpy().tobytes()).hexdigest(),
             **watch.end(),
         }
@@ -162,8 +164,8 @@ def prefill_article(model: Any, batch: Batch, method: Dense, effort: Effort) -> 
             elapsed = time.time() - start
             if not method.own_code:
                 must_be_given(outputs.past_key_values, cache)
-            kept = _cache_record(model, batch, outputs.past_key_values)
-        return {"ttft_s": elapsed, "peak_prefill_bytes": memory.peak(), **kept}
+            cached = _cache_record(model, batch, method, outputs.past_key_values)
+        return {"ttft_s": elapsed, "peak_prefill_bytes": memory.peak(), **cached}
 
     return {"repeats": [run() for _ in _progress(effort.repeats, "prefill")], "warmup_runs": 0}
 
@@ -200,14 +202,28 @@ def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) 
     return {"repeats": [run() for _ in _progress(effort.repeats, "generation")]}
 
 
-def _cache_record(model: Any, batch: Batch, cache: Any) -> Record:
+def _cache_record(model: Any, batch: Batch, method: Dense, cache: Any) -> Record:
+    """What a prompt's cache takes, what of it can be read, and what the method says of it."""
     measured = cache_bytes(cache)
     rows, tokens = batch.input_ids.shape
+    state = kept(model, cache, rows, tokens)
     return {
         "kv_cache_bytes": measured.live,
         "kv_cache_allocated_bytes": measured.allocated,
         "kv_cache_full_bytes": full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize),
+        "kept_fraction": state.fraction,
+        "simulated": state.simulated,
+        "facts": method.facts(cache),
     }
+
+
+def _end_record(model: Any, batch: Batch, method: Dense, cache: Any) -> Record:
+    """What can be read after the last step, where a method acts on what is decoded; the last token is not read."""
+    if not method.acts_while_decoding:
+        return {}
+    rows, tokens = batch.input_ids.shape
+    state = kept(model, cache, rows, tokens + batch.new_tokens - 1)
+    return {"kept_fraction_end": state.fraction, "simulated": state.simulated}
 
 
 def _warm_up(run: Callable[[], Record], key: str, at_most: int) -> tuple[int, Record]:

@@ -42,6 +42,8 @@ class Dense:
     """Whether the model brings its own attention and cache, of which no engine may change a thing."""
     shares_prefill = False
     """Whether its prefill is the dense one, with each layer's cache pruned or masked after that layer's own pass."""
+    changes_model = False
+    """Whether it changes the model's weights for good when it first runs, or is checked, on it."""
     rows_are_independent = True
     """Whether a row of a batch of equal lengths gets the tokens that it would get alone."""
 
@@ -88,6 +90,13 @@ class Dense:
     def everywhere(self, model: Any) -> AbstractContextManager[Any]:
         """Context around a whole ``generate``, as the article has it: hooks stay on while decoding."""
         return nullcontext()
+
+    def facts(self, cache: Any) -> dict[str, float]:
+        """What this method says of a cache of its own, beside the bytes that are measured of any.
+
+        ``window`` and ``block_size`` are in tokens.
+        """
+        return {}
 
     def next_position(self, prompt_tokens: int, cache: Any) -> int:
         """Position of the first generated token; it goes on from the *uncompressed* length."""
@@ -186,9 +195,10 @@ def build(spec: dict[str, Any]) -> Dense:
             from kvbench.dms.nvidia import Checkpoint
 
             return Checkpoint(spec["dms"]["checkpoint"], spec["dms"]["revision"])
+        from kvbench.dms import layout
         from kvbench.dms.method import Dms
 
-        return Dms(Path(spec["dms"]["adapter"]))
+        return Dms(layout.find(Path(spec["dms"]["adapter"])))
     return Press(spec) if "press" in spec else Dense()
 
 

@@ -181,8 +181,8 @@ class Dms(Strict):
     """Hub repository of a DMS checkpoint; the variant's model must be that repository."""
     revision: Commit | None = None
     """Its full commit hash."""
-    adapter: str | None = None
-    """Path of an adapter with eviction heads for the variant's model."""
+    adapter: Annotated[Path | None, Field(strict=False)] = None
+    """Folder of an adapter with eviction heads for the variant's model; kvbench's own where there is no such one."""
     retrofit: str | None = None
     """Name of a retrofit in this config; the variant's model must be the one that it is of."""
 

@@ -21,6 +21,7 @@ QUALITY = pa.schema(
         ("window", pa.int32()),
         ("distance", pa.int32()),
         ("kl", pa.float64()),
+        ("kl_dense", pa.float64()),
         ("agrees", pa.bool_()),
         ("nll_full", pa.float64()),
         ("nll", pa.float64()),
@@ -34,7 +35,8 @@ def quality(job: Job, windows: Path, original: Path | None) -> None:
     """Write what a variant's compression does to the distribution of the next token, one row a token.
 
     The uncompressed method has nothing to be compared with but itself: in another batch shape and in another dtype,
-    the noise floor.
+    the noise floor. A method that changes the weights is compared with the model before that, as it compresses (``kl``)
+    and with nothing compressed (``kl_dense``).
 
     Parameters
     ----------

@@ -78,6 +78,7 @@ def _main(scores: Scores) -> list[Column]:
     """The columns of the first table, those that anything came out for."""
     columns = [
         Column("kl_mean", "all", "KL", "mean, nats", "nats"),
+        Column("kl_dense", "all", "KL, nothing evicted", "mean, nats", "nats"),
         Column("kl_p99", "all", "KL", "99th percentile, nats", "nats"),
         Column("top1_agreement", "all", "Top-1 agreement", "%", "share"),
         Column("perplexity_ratio", "all", "Perplexity", "ratio to the full cache’s", "ratio"),

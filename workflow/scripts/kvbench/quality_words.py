@@ -139,6 +139,7 @@ def findings(scores: Scores) -> list[Finding]:
         ("Collapsed texts", _named(scores, judged["collapsed"])),
         ("Not decided", _open(scores, judged["unknown"])),
         ("Against pruning at random", "; ".join(_against_random(scores))),
+        ("Changed weights", "; ".join(_changed(scores))),
         ("Noise floor", "; ".join(_noise(scores))),
         ("Too hard for the baseline", ", ".join(_failed(scores))),
         ("Without figures", "; ".join(_gaps(scores))),
@@ -204,6 +205,19 @@ def _way(row: Row) -> str:
     if low <= 0 <= high:
         return "not told apart from"
     return "ahead of" if (low > 0) == (METRICS[row["metric"]].better == "higher") else "behind"
+
+
+def _changed(scores: Scores) -> list[str]:
+    """What variants with weights of their own cost before anything is evicted."""
+    phrases = []
+    for variant in scores.variants:
+        dense, evicting = (scores.value(variant["variant"], metric, "all") for metric in ("kl_dense", "kl_mean"))
+        if dense is not None and evicting is not None:
+            phrases.append(
+                f"{_name(variant)} has a KL to the original of {nats(dense)} nats with nothing evicted,"
+                f" {nats(evicting)} as it runs"
+            )
+    return phrases
 
 
 def _noise(scores: Scores) -> list[str]:

@@ -33,8 +33,8 @@ VERSIONS = ("torch", "transformers", "kvpress")
 # Shown in places of their own, or too long to be read.
 ELSEWHERE = {"script", "variant", "protocol", "loading", "workload", "model_files", "model_revision", "model_config"}
 
-# Measured only by a protocol or a setting that asks for them.
-ASKED_FOR = ("article", "largest", "longest")
+# Measured only by a protocol or a setting that asks for them, or of a method that has them.
+ASKED_FOR = ("article", "largest", "longest", "kept_fraction_end", "window", "block_size")
 
 # Left to the CSV: the uncompressed size is in the compression factor, allocated bytes where they differ.
 TABLE_COLUMNS = [column for column in words.QUANTITIES if column != "kv_cache_full_bytes"]

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from kvbench import decode, engines, packed
-from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.errors import Unsupported
+from kvbench.kept import kept
 from kvbench.methods import Dense
 
 TOKENS_AT_ONCE = 16_384
@@ -23,10 +23,10 @@ TOKENS_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class Row:
-    """What a prompt was answered with, and whether its cache held fewer bytes than the full one at the end."""
+    """What a prompt was answered with, and whether what its cache lost was only hidden, as `Kept` has it."""
 
     tokens: list[int]
-    freed: bool
+    simulated: bool
 
 
 def generate_rows(
@@ -54,12 +54,12 @@ def generate_rows(
             first, cache = decode.prefill(model, ids, method)
             position = method.next_position(ids.shape[1], cache)
             if joins and _packs(model, cache):
-                freed = _freed(model, cache, *ids.shape)
-                waiting.append(_Prefilled(group, ids.shape[1], first, cache, position, freed))
+                simulated = kept(model, cache, *ids.shape).simulated
+                waiting.append(_Prefilled(group, ids.shape[1], first, cache, position, simulated))
             else:
                 tokens = decode.follow(model, cache, first, method, position, new_tokens, stop=stop)
-                freed = _freed(model, cache, len(group), ids.shape[1] + tokens.shape[1] - 1)
-                found |= _answered(group, tokens, stop, freed)
+                state = kept(model, cache, len(group), ids.shape[1] + tokens.shape[1] - 1)
+                found |= _answered(group, tokens, stop, state.simulated)
         except Unsupported as error:
             found |= dict.fromkeys(group, error)
         if sum(len(each.places) * each.length for each in waiting) >= TOKENS_AT_ONCE:
@@ -114,7 +114,7 @@ class _Prefilled:
     first: torch.Tensor
     cache: Any
     position: int
-    freed: bool
+    simulated: bool
 
 
 def _joins(model: Any, method: Dense) -> bool:
@@ -144,14 +144,9 @@ def _together(
     tokens = engines.decode_together(model, method, list(firsts), list(caches), list(positions), new_tokens, stop)
     found: dict[int, Row | Unsupported] = {}
     for each, own in zip(waiting, tokens.split([len(each.places) for each in waiting]), strict=True):
-        found |= _answered(each.places, own, stop, each.freed)
+        found |= _answered(each.places, own, stop, each.simulated)
     return found
 
 
-def _answered(places: list[int], tokens: torch.Tensor, stop: Collection[int], freed: bool) -> dict[int, Row]:
-    return {place: Row(until_end(row, stop), freed) for place, row in zip(places, tokens.tolist(), strict=True)}
-
-
-def _freed(model: Any, cache: Any, rows: int, tokens: int) -> bool:
-    # live: a cache in blocks may have taken more than the full one ahead, and still read only what it keeps
-    return cache_bytes(cache).live < full_cache_bytes(model.config, rows, tokens, model.dtype.itemsize)
+def _answered(places: list[int], tokens: torch.Tensor, stop: Collection[int], simulated: bool) -> dict[int, Row]:
+    return {place: Row(until_end(row, stop), simulated) for place, row in zip(places, tokens.tolist(), strict=True)}

@@ -31,6 +31,12 @@ _KIND = {
 _CONDITIONS = ["sm_clock_mhz", "temperature_c", "power_w", "reserved_bytes", "reserved_prefill_bytes"]
 """What the device was like in a cell's runs: their median."""
 
+_KEPT = ["kept_fraction", "kept_fraction_end"]
+"""Share of the uncompressed cache's bytes that can be read: after the prompt; after the last token, if that differs."""
+
+_FACTS = ["window", "block_size"]
+"""What a method says of its own cache, in tokens."""
+
 _ONCE = ["weights_bytes", "process_bytes", "import_s", "load_s", "work_s", "tokenization_s"]
 """What a job tells once."""
 
@@ -67,6 +73,7 @@ STATS = pa.schema(
     + [("load_state", pa.string())]
     + [("largest_batch", pa.int64()), ("longest_prompt_tokens", pa.int64())]
     + [("dtype", pa.string()), *((name, pa.float64()) for name in limits.COLUMNS)]
+    + [*((name, pa.float64()) for name in _KEPT), *((name, pa.int64()) for name in _FACTS)]
 )
 
 MEASUREMENTS = pa.schema(
@@ -86,6 +93,7 @@ MEASUREMENTS = pa.schema(
         ("dtype", pa.string()),
         ("tokens_sha256", pa.string()),
     ]
+    + [*((name, pa.float64()) for name in _KEPT), *((name, pa.int64()) for name in _FACTS)]
     + [("token_times_s", pa.list_(pa.float64()))]
 )
 
@@ -147,9 +155,10 @@ def _repeats(cell: Row, protocol: Row, folder: Path, rates: dict[str, Rates]) ->
     }
     known |= {name: facts.get(name) for name in _ONCE}
     known["tokenization_s"] = facts.get("workload", {}).get("tokenization_s")
-    cache = _cache(cell, prefill["repeats"][-1] if prefill["repeats"] else {})
+    cache = _cache(prefill["repeats"][-1] if prefill["repeats"] else {})
     end = generation[0].get("kv_cache_end_bytes")
-    cache["simulated"] = _simulated(cell, cache, end)
+    if generation[0].get("simulated") is not None:  # it acts while decoding, so what holds is what it came to
+        cache["simulated"] = generation[0]["simulated"]
     measured = protocol["name"] == "standard" and bad is None
     limit = limits.of_cell(cell, cache | {"kv_cache_end_bytes": end}, facts, rates) if measured else None
     return [
@@ -162,8 +171,8 @@ def _repeats(cell: Row, protocol: Row, folder: Path, rates: dict[str, Rates]) ->
     ], facts
 
 
-def _cache(cell: Row, record: Row) -> Row:
-    """Cache bytes and their ratio, as the prefill left them."""
+def _cache(record: Row) -> Row:
+    """Cache bytes and their ratio, as the prefill left them, and what its method says of them."""
     full, live, allocated = (record.get(f"kv_cache_{kind}bytes") for kind in ("full_", "", "allocated_"))
     return {
         "kv_cache_bytes": live,
@@ -172,24 +181,14 @@ def _cache(cell: Row, record: Row) -> Row:
         "kv_compression_factor": full / live if full and live else None,
         "peak_prefill_bytes": record.get("peak_prefill_bytes"),
         "reserved_prefill_bytes": record.get("reserved_prefill_bytes"),
+        "simulated": record.get("simulated"),
+        "kept_fraction": record.get("kept_fraction"),
+        **{name: record.get("facts", {}).get(name) for name in _FACTS},
     }
 
 
-def _simulated(cell: Row, cache: Row, end: int | None) -> bool | None:
-    """Whether a method drops no byte, neither of the prompt's cache nor (a decoding press) by the last token.
-
-    Live bytes tell: a cache in blocks may have taken more than the full one ahead, and still read only what it keeps.
-    """
-    full, live = cache["kv_cache_full_bytes"], cache["kv_cache_bytes"]
-    if not full or not live:
-        return None
-    tokens = cell["prompt_tokens"]
-    freed_later = end is not None and end < full * (tokens + cell["new_tokens"] - 1) // tokens
-    return bool(cell["compresses"] and live >= full and not freed_later)
-
-
 def _timed(row: Row, prefills: list[Row], protocol: str, cell: Row) -> Row:
-    timed = {key: value for key, value in row.items() if key not in ("status", "status_reason", "repeat")}
+    timed = {key: value for key, value in row.items() if key not in ("status", "status_reason", "repeat", "simulated")}
     if protocol == "article" and row["total_s"] is not None and len(prefills) > row["repeat"]:
         # two runs are timed and subtracted, and N tokens divided by the time of N−1 steps: the article's way
         timed["ttft_s"] = prefills[row["repeat"]]["ttft_s"]
@@ -204,7 +203,7 @@ def _summary(cell: Row, repeats: list[Row], facts: Row) -> Row:
     first = repeats[0]
     steady = [r for r in repeats if not r.get("throttled")] or repeats
     about = ["status", "status_reason", "simulated", "attention", "dtype"]
-    row = {key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, *about, *limits.COLUMNS]}
+    row = {key: first.get(key) for key in [*_NAMES, *_SHAPE, *_HOW, *about, *limits.COLUMNS, *_KEPT, *_FACTS]}
     row["baseline"] = cell["baseline"] if cell["baseline"] != cell["variant"] else None
     row["repeats"] = len(steady) if first["status"] == "ok" else 0
     cold = first["protocol"] == "article"

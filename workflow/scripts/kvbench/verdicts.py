@@ -62,6 +62,7 @@ class Metric:
 
 DISTRIBUTION = (
     Metric("kl_mean", "kl", better="lower", margin=0.01, buckets=True),  # nats
+    Metric("kl_dense", "kl_dense"),  # nats; of what a method does to the weights alone
     Metric("kl_p99", "kl", "p99", None, "lower"),
     Metric("top1_agreement", "agrees", "share", "flip", "higher", 0.01),
     Metric("perplexity_ratio", "log_ratio", "ratio", "flip", "lower", 0.01),

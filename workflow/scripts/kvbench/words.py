@@ -17,6 +17,7 @@ UNITS: dict[str, list[tuple[float, str]]] = {
     "share": [(0.01, "%")],
     "factor": [(1, "×")],
     "count": [(1, "")],
+    "tokens": [(1, "tokens")],
     "joules": [(1, "J/token"), (1e-3, "mJ/token")],
 }
 
@@ -50,6 +51,10 @@ QUANTITIES = {
         Quantity("kv_cache_allocated_bytes", "Cache allocated", "bytes", "lower", counted=True),
         Quantity("kv_cache_full_bytes", "Cache uncompressed", "bytes", counted=True),
         Quantity("kv_compression_factor", "Compression", "factor", counted=True),
+        Quantity("kept_fraction", "Cache that can be read", "share", counted=True),
+        Quantity("kept_fraction_end", "The same at the last token", "share", counted=True),
+        Quantity("window", "Window", "tokens", counted=True),
+        Quantity("block_size", "Block", "tokens", counted=True),
         Quantity("peak_generation_bytes", "Peak VRAM", "bytes", "lower", cpu_title="Peak memory (resident set)"),
         Quantity("tpot_s", "TPOT", "seconds", "lower"),
         Quantity("fastest_tpot_s", "Fastest possible TPOT", "seconds", counted=True),
@@ -112,8 +117,8 @@ def _decimals(value: float, significant: int) -> int:
 
 
 def digits(kind: str) -> int:
-    """Significant digits worth showing: bytes are counted, times are not that sharp."""
-    return 4 if kind == "bytes" else 3
+    """Significant digits worth showing, of a number that has more: bytes are counted, times are not that sharp."""
+    return {"bytes": 4, "count": 1, "tokens": 1}.get(kind, 3)
 
 
 def quantity(column: str, value: float | None, device: str = "") -> str:

@@ -5,12 +5,8 @@ from typing import Any
 
 import torch
 
-from kvbench.dms import evict
+from kvbench.dms import evict, layout
 from kvbench.errors import UserError
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-WHOLE = "model.safetensors"
 
 
 def load(model: Any, folder: Path) -> evict.Heads:
@@ -19,8 +15,7 @@ def load(model: Any, folder: Path) -> evict.Heads:
     Parameters
     ----------
     model : the base model that the adapter was trained for, on its device; it is changed in place.
-    folder : holds ``dms_heads.safetensors`` and perhaps a LoRA in peft's format (``adapter_config.json``,
-        ``adapter_model.safetensors``), or all the weights (``model.safetensors``).
+    folder : holds eviction heads and perhaps a LoRA or all the weights, under the names of `layout`.
 
     Returns
     -------
@@ -31,15 +26,14 @@ def load(model: Any, folder: Path) -> evict.Heads:
     UserError : the folder holds no heads, half a LoRA, or an adapter for another model.
     Unsupported : an architecture that DMS does not know.
     """
+    if problem := layout.problem(folder):
+        raise UserError(problem, "Give the folder of a DMS adapter, as the retrofit writes it")
     heads = evict.load(folder)
     evict.check(model, heads)
-    found = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
-    if len(found) == 1:
-        raise UserError(f"{folder} has {found[0]} without its other half", f"Keep {WEIGHTS} and {CONFIG} together")
-    if found:
+    if (folder / layout.LORA).is_file():
         _merge(model, folder)
-    if (folder / WHOLE).is_file():
-        _replace(model, folder / WHOLE)
+    if (folder / layout.WHOLE).is_file():
+        _replace(model, folder / layout.WHOLE)
     return heads.to(model.device)
 
 

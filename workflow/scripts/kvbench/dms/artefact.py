@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvbench.dms import adapter, evict
+from kvbench.dms import evict, layout
 from kvbench.dms.student import Student
 from kvbench.options import CONTINUATION
 
@@ -58,7 +58,7 @@ def _save_lora(lora: Any, folder: Path, base: dict[str, Any]) -> None:
     # with "auto", the hub is asked whether the embedding has changed
     trained = get_peft_model_state_dict(lora, save_embedding_layers=False)
     tensors = {name: _stored(value) for name, value in trained.items()}
-    save_file(tensors, folder / adapter.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / layout.LORA, metadata={"format": "pt"})
     config = copy.copy(lora.peft_config["default"])
     config.base_model_name_or_path = base["source"].get("hub", base["name"])
     config.revision = base["revision"]
@@ -71,7 +71,7 @@ def _save_whole(model: Any, folder: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: _stored(value) for name, value in model.named_parameters()}
-    save_file(tensors, folder / adapter.WHOLE, metadata={"format": "pt"})
+    save_file(tensors, folder / layout.WHOLE, metadata={"format": "pt"})
 
 
 def _stored(value: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from kvbench import packed
+from kvbench.dms import layout
 from kvbench.errors import Unsupported, UserError
 
 SCALE = 100.0
@@ -28,7 +29,7 @@ SCALE = 100.0
 OFFSET = 5.0
 """What is taken off then: a zero head, which every retrofit starts from, evicts nothing."""
 
-FILE = "dms_heads.safetensors"
+FILE = layout.HEADS
 KIND = "kvbench DMS heads, version 1"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -26,6 +26,7 @@ class Dms(Dense):
 
     compresses = True
     acts_while_decoding = True
+    changes_model = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,6 +86,6 @@ class Dms(Dense):
         raise Unsupported("DMS has a cache of its own, which the article's way of generating does not take")
 
     def facts(self, cache: CompactCache) -> dict[str, float]:
-        """What was achieved, as against what was asked: ``window``, ``kept_fraction``, ``compression_factor``."""
+        """What was achieved, whatever was asked: ``window``, ``kept_fraction``, ``compression_factor``."""
         kept = cache.kept_fraction()
         return {"window": cache.window, "kept_fraction": kept, "compression_factor": 1 / kept}
