@@ -45,6 +45,6 @@ def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tok
         ready.method.check(ready.model, 1)
         limits = answers.Limits(count, new_tokens, max_prompt_tokens)
         answer = answers.both_ways if job.protocol["name"] == "article" else answers.alone
-        return answer(ready.model, ready.manifest.tokenizer, ready.method, prompts, limits)
+        return answer(ready.model, ready.manifest, ready.method, prompts, limits)
 
     jobs.run(job, work, jobs.rows_writer(job, OUTPUTS))

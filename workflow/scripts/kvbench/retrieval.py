@@ -44,16 +44,15 @@ def retrieval(job: Job, request: dict[str, Any]) -> None:
     """
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
-        from transformers import AutoTokenizer
-
         from kvbench.manifest import load_manifest
+        from kvbench.tokenizer import load_tokenizer
 
         manifest = load_manifest(job.manifest)
         if manifest.tokenizer is None:
             raise Unsupported("random weights have no tokenizer, and their answers would mean nothing")
         ready = jobs.ready(job, facts)
         ready.method.check(ready.model, 1)
-        tokenizer = AutoTokenizer.from_pretrained(manifest.tokenizer, trust_remote_code=manifest.trust_remote_code)
+        tokenizer = load_tokenizer(manifest)
         alike = groupby(needles.points(request), lambda point: (point.task, point.prompt_tokens))
         parts = tqdm([list(points) for _, points in alike], desc="retrieval", unit="task", mininterval=1.0)
         return [row for points in parts for row in _rows(ready, tokenizer, points, request)]
