@@ -53,9 +53,9 @@ CONTRASTS = r"""() => {
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(tmp_path_factory, quality_table):
     folder = tmp_path_factory.mktemp("page")
-    report.write(quality_page.inputs(folder, quality_page.quality(folder)), folder / "report.html")
+    report.write(quality_page.inputs(folder, quality_table), folder / "report.html")
     return (folder / "report.html").as_uri()
 
 

@@ -20,19 +20,14 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quality_page.quality(tmp_path_factory.mktemp("results"))
+def scores(quality_table: Path) -> Scores:
+    return read(quality_table)
 
 
 @pytest.fixture(scope="module")
-def scores(table: Path) -> Scores:
-    return read(table)
-
-
-@pytest.fixture(scope="module")
-def page(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+def page(quality_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     folder = tmp_path_factory.mktemp("page")
-    report.write(quality_page.inputs(folder, table), folder / "report.html")
+    report.write(quality_page.inputs(folder, quality_table), folder / "report.html")
     return Page((folder / "report.html").read_text("utf-8"))
 
 
