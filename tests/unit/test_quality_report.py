@@ -178,6 +178,7 @@ def test_the_evidence_is_what_the_verdicts_rest_on(scores: Scores, page: Page) -
 
 def test_settings_are_said(page: Page) -> None:
     assert "A prefix of 64 tokens is compressed, and the 24 tokens after it are read with the full cache" in page.words
+    assert "a window is of one conversation or chapter alone, cut wherever in its text" in page.words
     assert "prompts of 512 and 1,024 tokens at 3 depths, 40 samples each; the question is no part of what" in page.words
 
 
