@@ -17,12 +17,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
 
-from kvbench import book  # noqa: E402
+from kvbench import book
 
+ROOT = Path(__file__).parents[1]
 TEXTS = 10
 
 

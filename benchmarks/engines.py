@@ -4,28 +4,16 @@ Prints a Markdown row for each workload, engine and method: TTFT with its MFU, T
 throughput, and on a GPU joules a token. The order is random by a seed, so that a device that warms up favours none.
 """
 
-import argparse
-import gc
-import os
 import random
-import sys
-import tempfile
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
-
+import decoding  # first: it says where kvbench lies
 import torch
-import transformers
 
-from kvbench import architecture, cells, energy, engines, limits, measure, methods, nvml, rates, roofline, sources
-from kvbench import device as devices
+from kvbench import architecture, energy, engines, limits, measure, methods, nvml, rates, roofline
 from kvbench.errors import Unsupported
 from kvbench.intervals import noise
-from kvbench.loading import load_model
-from kvbench.manifest import load_manifest
 
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -34,28 +22,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", default="Qwen/Qwen3-8B", help="an architecture that `random` knows")
-    parser.add_argument("--manifest", type=Path, help="a model's manifest, instead of random weights")
-    parser.add_argument("--engine", nargs="+", default=["hf", "graph", "compile"])
+    parser = decoding.arguments(__doc__, ["hf", "graph", "compile"])
     parser.add_argument("--workload", nargs="+", default=["64x1024"], help="batch x prompt tokens")
-    parser.add_argument("--new-tokens", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=6, help="at least; twice as many at most")
     parser.add_argument("--energy", action="store_true", help="joules a token too, 11 seconds a row")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of the token ids")
     options = parser.parse_args()
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        source = {"random": options.shapes, "seed": 0}
-        loaded_from = options.manifest or Path(folder) / "manifest.json"
-        if options.manifest is None:
-            sources.fetch_model("shapes", source, loaded_from)
-        loaded = load_model(load_manifest(loaded_from), "auto", "sdpa", device)
+    loaded = decoding.load(options)
+    device, dtype = loaded.model.device, str(loaded.model.dtype).removeprefix("torch.")
     known = roofline.Rates.of(rates.measure(device))
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    about = devices.describe(device)
-    print(f"{about['device']}, driver {about['driver']}, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}, {dtype}, weights {loaded.weights_bytes / 2**30:.2f} GiB")
+    print(f"{decoding.setting(loaded.model)}, weights {loaded.weights_bytes / 2**30:.2f} GiB")
     print(
         f"copy {known.copy_bytes_per_s / 1e12:.3f} TB/s, matmul {known.matmul_flops_per_s[dtype] / 1e12:.1f} TFLOP/s\n"
     )
@@ -66,21 +41,15 @@ def main() -> None:
     for workload, engine, method in order:
         found = cell(loaded, workload, engine, METHODS[method], options, known)
         print(f"| {workload} | {engine} | {method} | {found} |", flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        decoding.release(device)
 
 
 def cell(loaded: Any, workload: str, name: str, spec: Any, options: Any, known: roofline.Rates) -> str:
     """The measured columns of a row, or why there are none."""
     model, device = loaded.model, loaded.model.device
-    rows, tokens = map(int, workload.split("x"))
-    generator = torch.Generator(device).manual_seed(options.seed)
-    ids = torch.randint(10, model.config.vocab_size, (rows, tokens), device=device, generator=generator)
-    batch, method = measure.Batch(ids, None, options.new_tokens, 0), methods.build(spec)
+    batch = decoding.random_batch(model, workload, options.new_tokens, options.seed)
+    method, effort = methods.build(spec), decoding.effort(options.repeats, device)
     engine, watch = engines.engine(name, device), nvml.Watch(nvml.connect(device))
-    share = cells.AUTO_SHARE[device.type]
-    effort = measure.Effort(options.repeats, 2 * options.repeats, share, max_warmup_runs=3)
     try:
         runs = measure.generation_standard(model, batch, method, effort, engine, watch)["repeats"]
         joules = energy.per_token(model, batch, method, engine, watch.gpu) if options.energy else None
@@ -96,7 +65,7 @@ def cell(loaded: Any, workload: str, name: str, spec: Any, options: Any, known: 
             f"{reached['mfu']:.2f}",
             f"{1e3 * tpot:.2f}",
             "" if spread is None else f"{100 * spread:.2f}%",
-            f"{rows * 1 / tpot:,.0f}",
+            f"{len(batch.input_ids) / tpot:,.0f}",
             f"{reached['mbu']:.2f}",
             f"{1e3 * reached['fastest_tpot_s']:.2f}",
             "" if joules is None else f"{median(joules):.3f}",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "workflow" / "scripts"))
 
-from kvbench import files, tables  # noqa: E402
+from kvbench import files, tables
+
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def main() -> None:
         made = [
             {"method": name, "rank": row["rank"], "text": row["text"], "token_ids": row["token_ids"]}
             for name, spec in METHODS.items()
-            for row in answers.one_by_one(model, manifest.tokenizer, methods.build(spec), prompts, LIMITS)
+            for row in answers.alone(model, manifest, methods.build(spec), prompts, LIMITS)
         ]
     for answer in made:
         answer["label"] = labels.get((answer["method"], answer["rank"], answer["text"]))

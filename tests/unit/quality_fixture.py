@@ -62,6 +62,8 @@ PROMPT_TOKENS, DEPTHS, SAMPLES = (512, 1024), (0.0, 0.5, 1.0), 40
 
 GARBLED = ["the cache keeps what " * 12, "and of the press", "قطة من", "fox over the " * 30, "``` ```", ""]
 LOOPS = {2: "قطة " * 40, 4: "\x00\x07\u202e gnp.exe " * 12, 5: "Nothing. " * 20}
+SHORT = {"Name a river.": "The Seine.", "A tree?": "The lime.", "A bird?": "A wren.", "A stone?": "Slate, it splits."}
+PROMPTS = [*report_fixture.PROMPTS, *SHORT]
 Row = dict[str, Any]
 
 
@@ -161,14 +163,28 @@ def _sample(method: str, task: str, tokens: int, depth: float | None, sample: in
 
 
 def outputs(method: str) -> list[Row]:
-    """Rows of outputs/<model>/<method>.parquet: those of `report_fixture`, more of them loops, and the control's."""
+    """Rows of outputs/<model>/<method>.parquet: those of `report_fixture`, more of them loops, and the control's.
+
+    Ten prompts in all, so that a collapse is clear; to the last four all but knorm answer alike.
+    """
     rows = report_fixture.outputs("snapkv-0.5" if method == "random-0.5" else method)
+    if method != "finch-0.5":
+        rows += [_short(rows[0] | {"method": method}, prompt) for prompt in SHORT]
     made = {"random-0.5": dict(enumerate(GARBLED)), "knorm-0.8": LOOPS}.get(method, {})
     for row in rows:
         text = made.get(row["rank"])
         if text is not None:
             row |= {"method": method, "text": text, "token_ids": [sum(word.encode()) for word in text.split()]}
     return [row | {"way": "alone"} for row in rows]
+
+
+def _short(row: Row, prompt: str) -> Row:
+    """A short answer; knorm's goes round."""
+    rank, text = PROMPTS.index(prompt), SHORT[prompt]
+    text = text if row["method"] != "knorm-0.8" else " ".join([text] * 30)
+    about = {"rank": rank, "conversation_id": f"c{rank}", "prompt": prompt, "prompt_tokens": len(prompt.split())}
+    tokens = [sum(word.encode()) for word in text.split()]
+    return row | about | {"text": text, "token_ids": tokens, "new_tokens": len(tokens), "stop_reason": "eos"}
 
 
 def plan(**quality_config: Any) -> Row:

@@ -10,8 +10,10 @@ import torch
 
 import tiny
 import tinyrun
-from kvbench import answers, methods
+from kvbench import answers, methods, sources
 from kvbench.decode import generate
+from kvbench.manifest import load_manifest
+from kvbench.tokenizer import load_tokenizer
 
 HALF = {"compression_ratio": 0.5}
 KNORM = {"press": "KnormPress", "args": HALF}
@@ -29,13 +31,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer, and prompts: two of the same length, one longer than the limit, one that is not asked for."""
     path = tmp_path_factory.mktemp("answers")
     tinyrun.save_model(path)
+    sources.fetch_model("tiny", {"path": str(path)}, path / "manifest.json")
     rows = [{"rank": i, "conversation_id": f"c{i}", "prompt": text} for i, text in enumerate([*TEXTS, "more"])]
     pq.write_table(pa.Table.from_pylist(rows), path / "prompts.parquet")
     return path
 
 
 def answer(how: Any, folder: Path, spec: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = how(tiny.model(), folder, methods.build(spec), folder / "prompts.parquet", LIMITS)
+    manifest = load_manifest(folder / "manifest.json")
+    found: list[dict[str, Any]] = how(tiny.model(), manifest, methods.build(spec), folder / "prompts.parquet", LIMITS)
     return found
 
 
@@ -45,9 +49,7 @@ def of(rows: list[dict[str, Any]], way: str) -> list[Any]:
 
 
 def test_each_prompt_is_answered_as_if_it_were_alone(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(load_manifest(folder / "manifest.json"))
     rows = answer(answers.alone, folder, KNORM)
     for row, tokens in zip(rows, of(rows, "alone"), strict=True):
         ids = answers.encode(tokenizer, row["prompt"])[:60]

@@ -201,24 +201,6 @@ def test_in_the_articles_way_pads_are_seen_by_its_mask(ready: Ready, side: str) 
         assert layer.cache_seq_lengths[heads:].tolist() == expected.cache_seq_lengths.tolist()
 
 
-def test_a_tokenizer_that_transformers_5_has_saved_is_read_by_4(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = tinyrun.tokenizer([" ".join(tinyrun.WORDS)] * 5, 300)
-    tokenizer.save_pretrained(tmp_path)
-
-    def as_in_4(*_: Any, **__: Any) -> None:
-        raise ValueError("Tokenizer class TokenizersBackend does not exist or is not currently imported.")
-
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", as_in_4)
-    found, text = loading.load_tokenizer(tmp_path), "the cache</s> keeps"
-    assert found(text)["input_ids"] == tokenizer(text)["input_ids"] and found.eos_token == "</s>"
-    assert found.chat_template == tinyrun.TEMPLATE
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="TokenizersBackend"):
-        loading.load_tokenizer(tmp_path)
-
-
 # --- what it cannot do ---
 
 

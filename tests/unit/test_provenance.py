@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import SCRIPTS
 from kvbench import provenance
 
 FILES = {
@@ -36,6 +37,34 @@ def after(tree: Path, name: str, text: str) -> bool:
 def test_reach(tree: Path) -> None:
     found = {path.relative_to(tree).as_posix() for path in provenance.reachable(tree / "job.py")}
     assert found == set(FILES) - {"kvbench/unused.py"}
+
+
+ON_DEVICE = "measure outputs quality retrieval evaluate_tasks"
+TRAINING = "corpus retrofit"
+
+
+@pytest.mark.parametrize(
+    ("module", "scripts"),
+    [
+        ("sheets", "plots roofline quality_plots curve"),
+        ("roofline", "stats"),
+        ("device", f"{ON_DEVICE} {TRAINING} windows rates"),
+        ("architecture", f"{ON_DEVICE} {TRAINING} windows stats"),
+        ("methods", f"{ON_DEVICE} {TRAINING} windows"),
+        ("cache", ON_DEVICE),
+        ("workload", f"{TRAINING} windows workload"),
+        ("book", f"{TRAINING} windows retrieval"),
+        ("windows", "windows"),
+        ("needles", "retrieval"),
+        ("paired", "quality_stats"),
+        ("text_metrics", "quality_stats report"),
+        ("grid", "evaluate_tasks"),
+    ],
+)
+def test_the_scripts_that_a_module_can_change(module: str, scripts: str) -> None:
+    path = SCRIPTS / "kvbench" / f"{module}.py"
+    found = {script.stem for script in SCRIPTS.glob("*.py") if path in provenance.reachable(script)}
+    assert found == set(scripts.split())
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,8 @@ NONE = Scores([])
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quality_page.quality(tmp_path_factory.mktemp("results"))
-
-
-@pytest.fixture(scope="module")
-def fixture(table: Path) -> Scores:
-    return read(table)
+def fixture(quality_table: Path) -> Scores:
+    return read(quality_table)
 
 
 def texts(make: Callable[[Scores], Figure], scores: Scores) -> list[Any]:
@@ -153,14 +148,15 @@ def test_narrow_maps_keep_their_titles_apart(fixture: Scores) -> None:
     check(texts(retrieval_plot.heat_maps, Scores([row for row in fixture.rows if "/1024" not in row["slice"]])))
 
 
-def test_a_rerun_gives_identical_bytes(table: Path, tmp_path: Path) -> None:
+def test_a_rerun_gives_identical_bytes(quality_table: Path, tmp_path: Path) -> None:
     drawn = []
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for name in quality_page.KL:
-                quality_plots.draw(table, name, "{}", tmp_path / f"{name}.svg", tmp_path / f"{name}.png")
-            retrieval_plot.draw(table, '{"code": "abc"}', tmp_path / "retrieval.svg", tmp_path / "retrieval.png")
+                quality_plots.draw(quality_table, name, "{}", tmp_path / f"{name}.svg", tmp_path / f"{name}.png")
+            picture = tmp_path / "retrieval.svg"
+            retrieval_plot.draw(quality_table, '{"code": "abc"}', picture, picture.with_suffix(".png"))
         drawn.append([path.read_bytes() for path in sorted(tmp_path.iterdir())])
     assert len(drawn[0]) == 6 and drawn[0] == drawn[1]
     assert '"code": "abc"' in (tmp_path / "retrieval.svg").read_text("utf-8").replace("&quot;", '"')

@@ -20,19 +20,14 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quality_page.quality(tmp_path_factory.mktemp("results"))
+def scores(quality_table: Path) -> Scores:
+    return read(quality_table)
 
 
 @pytest.fixture(scope="module")
-def scores(table: Path) -> Scores:
-    return read(table)
-
-
-@pytest.fixture(scope="module")
-def page(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+def page(quality_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     folder = tmp_path_factory.mktemp("page")
-    report.write(quality_page.inputs(folder, table), folder / "report.html")
+    report.write(quality_page.inputs(folder, quality_table), folder / "report.html")
     return Page((folder / "report.html").read_text("utf-8"))
 
 
@@ -68,7 +63,7 @@ def test_words_name_who_is_as_good_who_is_worse_and_who_collapsed(scores: Scores
     worse = words["Worse than the baseline"]
     assert worse.index("adakv") < worse.index("snapkv-0.5 (KL 0.0489") < worse.index("random-0.5")  # the least KL first
     assert "adakv-snapkv-0.5 (simulated) (KL 0.0229 nats)" in worse and "expected" not in worse
-    assert words["Collapsed texts"].startswith("knorm-0.8 (5 of 6, and 1 of the baseline’s, KL 0.982 nats, ")
+    assert words["Collapsed texts"].startswith("knorm-0.8 (9 of 10, and 1 of the baseline’s, KL 0.982 nats, ")
     assert "Not decided" not in words and "Better than the baseline" not in words
 
 
@@ -144,7 +139,7 @@ def test_a_task_that_the_baseline_fails_is_no_evidence(scores: Scores) -> None:
 def test_the_headline_names_quality_beside_speed(page: Page) -> None:
     assert (
         "knorm-0.8 decodes 63% more tokens a second than the baseline on chat, with 80% less cache; its texts collapsed"
-        " (5 of 6, and 1 of the baseline’s, KL 0.982 nats, multi-key needle 1% against 98%)." in page.words
+        " (9 of 10, and 1 of the baseline’s, KL 0.982 nats, multi-key needle 1% against 98%)." in page.words
     )
     assert "Quality of 5 variants: 1 indistinguishable from the baseline, 3 worse and 1 collapsed." in page.words
 
@@ -178,7 +173,7 @@ def test_the_table_has_figures_intervals_and_differences(scores: Scores) -> None
     ]
     assert needle["value"] == "63.3" and needle["changes"][0].text == "−34.6 points"
     collapsed = row["cells"][titles.index(("Collapsed", "texts"))]
-    assert collapsed["value"] == "1 of 6" and collapsed["changes"][0].text == "(±0 points)"
+    assert collapsed["value"] == "1 of 10" and collapsed["changes"][0].text == "(±0 points)"
     base = next(row for row in table["rows"] if row["baseline"])
     assert base["cells"][0]["why"] == "noise floor" and base["verdict"] == "baseline"
     finch = next(row for row in table["rows"] if row["label"] == "finch-0.5")
@@ -199,6 +194,7 @@ def test_the_evidence_is_what_the_verdicts_rest_on(scores: Scores, page: Page) -
 
 def test_settings_are_said(page: Page) -> None:
     assert "A prefix of 64 tokens is compressed, and the 24 tokens after it are read with the full cache" in page.words
+    assert "a window is of one conversation or chapter alone, cut wherever in its text" in page.words
     assert "prompts of 512 and 1,024 tokens at 3 depths, 40 samples each; the question is no part of what" in page.words
 
 
@@ -211,7 +207,7 @@ def test_collapsed_texts_are_marked_and_counted_as_in_the_table(page: Page, scor
     rows = [row for row in scores.rows if row["metric"] == "collapsed" and row["status"] == "ok"]
     assert marked == sum(round(row["value"] * row["n"]) for row in rows) > 5
     cards = [a for a in page.all("article") if a["data-variant"] == "knorm-0.8"]
-    assert sum(float(card["data-distance"]) > 1 for card in cards) == 4  # one of the five fell with its baseline
+    assert sum(float(card["data-distance"]) > 1 for card in cards) == 8  # one of the nine fell with its baseline
     assert all(float(a["data-distance"]) == 0 for a in page.all("article") if a["data-variant"] == "baseline")
     assert "2 of 6 texts collapsed" in page.words
 
@@ -226,7 +222,7 @@ def test_reasons_and_names_are_escaped(scores: Scores, tmp_path: Path) -> None:
 def test_without_any_row_the_page_is_whole(tmp_path: Path) -> None:
     page = rendered(tmp_path, [])
     assert page.open == [] and "No figure of quality came out of this run" in page.words
-    assert "none of its 6 texts equals the baseline’s" in page.words  # the headline falls back on the texts
+    assert "none of its 10 texts equals the baseline’s" in page.words  # the headline falls back on the texts
     assert "Quality of" not in page.words
 
 
@@ -300,4 +296,4 @@ def test_a_prompt_is_farther_the_less_it_shares() -> None:
     cards = {card.variant: card for card in collected.prompts[1].cards}
     assert cards["baseline"].distance == cards["expected-attention-0.5"].distance == 0
     assert 0 < cards["snapkv-0.5"].distance < cards["knorm-0.8"].distance
-    assert [tally.collapsed for tally in collected.tallies if tally.variant == "knorm-0.8"] == [5]
+    assert [tally.collapsed for tally in collected.tallies if tally.variant == "knorm-0.8"] == [9]

@@ -2,33 +2,28 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import quality_fixture as made
 from report_fixture import MODEL
 
 from conftest import SCRIPTS
-from kvbench import observations, quality_stats, verdicts
+from kvbench import observations, quality_stats, summaries, verdicts
 
 Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    results = tmp_path_factory.mktemp("results")
-    made.write(results)
-    return results
-
-
-@pytest.fixture(scope="module")
-def rows(folder: Path) -> list[Row]:
-    return quality_stats.merge(made.plan(), folder)
+def rows(quality_table: Path) -> list[Row]:
+    return list(pq.read_table(quality_table).to_pylist())
 
 
 def one(rows: list[Row], variant: str, metric: str, part: str, reference: str | None = "full") -> Row:
@@ -101,12 +96,12 @@ def test_retrieval_is_given_by_task_and_by_point(rows: list[Row]) -> None:
 
 def test_texts_are_compared_with_the_baselines(rows: list[Row]) -> None:
     rouge = one(rows, "snapkv-0.5", "rouge_l", "outputs")
-    assert 0.8 < rouge["value"] < 1 and rouge["n"] == 6 and rouge["difference"] is None
+    assert 0.8 < rouge["value"] < 1 and rouge["n"] == 10 and rouge["difference"] is None
     assert one(rows, "knorm-0.8", "rouge_l", "outputs")["value"] < 0.5
     assert one(rows, "expected-attention-0.5", "chrf", "outputs")["value"] == 1
     assert one(rows, "expected-attention-0.5", "length_ratio", "outputs")["value"] == 1
-    # two of six answers are the baseline's to the end
-    assert one(rows, "snapkv-0.5", "first_divergence", "outputs")["n"] < 6
+    # half of the answers are the baseline's to the end
+    assert one(rows, "snapkv-0.5", "first_divergence", "outputs")["n"] == 5
     assert not [
         row for row in rows if row["variant"] == "expected-attention-0.5" and row["metric"] == "first_divergence"
     ]
@@ -142,7 +137,7 @@ def test_verdicts_tell_the_variants_apart(rows: list[Row]) -> None:
         "finch-0.5": None,
     }
     assert one(rows, "expected-attention-0.5", "kl_mean", "all")["verdict"] == "indistinguishable"
-    assert one(rows, "expected-attention-0.5", "collapsed", "outputs")["verdict"] == "unknown"  # six texts
+    assert one(rows, "expected-attention-0.5", "collapsed", "outputs")["verdict"] == "unknown"  # ten texts
     assert one(rows, "snapkv-0.5", "kl_mean", "all")["verdict"] == "worse"
     assert one(rows, "snapkv-0.5", "kl_p99", "all")["verdict"] is None
 
@@ -159,14 +154,17 @@ def test_what_did_not_come_out_keeps_its_status(rows: list[Row]) -> None:
     assert one(rows, "adakv-snapkv-0.5", "kl_mean", "all")["simulated"] is True
 
 
-def test_the_script_writes_the_same_rows_with_their_provenance(folder: Path, rows: list[Row]) -> None:
+def test_the_script_writes_the_same_rows_with_their_provenance(
+    quality_table: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(quality_table.parent, tmp_path / "results")
     plan, output = folder / "plan.json", folder / "quality.parquet"
     plan.write_text(json.dumps(made.plan()), "utf-8")
     command = [sys.executable, str(SCRIPTS / "quality_stats.py"), "--plan", str(plan)]
     subprocess.run([*command, "--provenance", '{"code": "abc"}', "--output", str(output)], check=True)
     table = pq.read_table(output)
     assert table.schema.remove_metadata().equals(quality_stats.QUALITY)
-    assert table.to_pylist() == [{name: row.get(name) for name in quality_stats.QUALITY.names} for row in rows]
+    assert table.to_pylist() == rows
     assert b'"code": "abc"' in table.schema.metadata[b"kvbench"]
     keys = table.select(["variant", "metric", "slice", "reference"]).to_pylist()
     assert len({tuple(key.values()) for key in keys}) == len(keys)
@@ -256,7 +254,7 @@ def test_texts_of_a_padded_batch_are_compared_with_the_baselines_of_one(tmp_path
         files[f"outputs/{MODEL}/{method}.parquet"] = alone + batch
     rows = small(tmp_path, ["baseline", "snapkv-0.5"], files)
     alone, batch = (one(rows, "snapkv-0.5", "common_prefix_tokens", part) for part in ("outputs", "outputs/batch"))
-    assert batch["value"] == alone["value"] + 1 and batch["n"] == alone["n"] == 6
+    assert batch["value"] == alone["value"] + 1 and batch["n"] == alone["n"] == 10
 
 
 def test_buckets_go_on_doubling() -> None:
@@ -296,10 +294,35 @@ def test_worse_needs_interval_and_test() -> None:
 
 
 def test_collapsed_means_half_of_the_texts_more_than_the_baselines() -> None:
-    texts = {"metric": "collapsed", "reference": None, "p_holm": 0.2, "difference_high": 0.9}
+    texts = {"metric": "collapsed", "reference": None, "p": 0.04, "p_holm": 0.2, "difference_high": 0.9}
     assert judged(**texts, difference=0.6, difference_low=0.2) == "collapsed"
+    assert judged(**texts | {"p": 0.06}, difference=0.6, difference_low=0.2) == "unknown"
     assert judged(**texts, difference=0.4, difference_low=0.1) == "unknown"
     assert judged(**texts | {"p_holm": 0.01}, difference=0.4, difference_low=0.1) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("fell", "baselines", "texts", "verdict"),
+    [
+        (5, 0, 5, "unknown"),  # however clear, five texts are too few
+        (6, 0, 6, "collapsed"),
+        (5, 0, 10, "unknown"),
+        (6, 0, 10, "collapsed"),
+        (6, 0, 14, "unknown"),  # surely more than the baseline's, but not half of all
+        (9, 4, 10, "unknown"),
+        (10, 4, 10, "collapsed"),
+    ],
+)
+def test_a_collapse_takes_six_texts_that_fell_where_the_baselines_did_not(
+    fell: int, baselines: int, texts: int, verdict: str
+) -> None:
+    frames = [
+        pd.DataFrame({"collapsed": np.arange(texts) < count, "document": np.arange(texts).astype(str)})
+        for count in (fell, baselines)
+    ]
+    part = observations.Slice("outputs", "whole", np.full(texts, True))
+    found = summaries.summary(verdicts.METRICS["collapsed"], part, summaries.Compared(*frames, None))
+    assert found is not None and judged(**found, metric="collapsed", p_holm=1.0) == verdict
 
 
 def test_a_task_that_the_baseline_fails_says_nothing() -> None:

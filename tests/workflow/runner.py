@@ -45,6 +45,7 @@ def copy_workflow(folder: Path) -> Path:
 def snakemake(workflow: Path, folder: Path, config: Path, *arguments: str) -> Done:
     """Call Snakemake on a workflow's copy in a working folder."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(workflow / "Snakefile"), "--cores", "2"]
-    command += ["--resources", "gpu=1", "--configfile", str(config), *arguments]
+    # tiny models need no more than a thread, and a job of one leaves room for another
+    command += ["--max-threads", "1", "--resources", "gpu=1", "--configfile", str(config), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
     return Done(done.returncode, done.stdout + done.stderr)

@@ -189,7 +189,7 @@ def retrieval_files(wildcards):
 
 def quality_figures(wildcards):
     """The figures of quality that the config's settings give data for."""
-    if not any(has_tokenizer(v.source_of_tokens) for v in VARIANTS):
+    if not any_text():
         return []
     names = ["kl-by-kept-fraction", "kl-by-distance"] * bool(CONFIG.quality.windows)
     names += ["retrieval"] * bool(CONFIG.quality.retrieval.samples and CONFIG.quality.retrieval.tasks)
@@ -199,6 +199,11 @@ def quality_figures(wildcards):
 def has_tokenizer(model):
     """Whether a model's token ids come from prompts; those of random weights are drawn."""
     return not isinstance(CONFIG.models[model].source, options.RandomSource)
+
+
+def any_text():
+    """Whether any variant's token ids come from prompts."""
+    return any(has_tokenizer(variant.source_of_tokens) for variant in VARIANTS)
 
 
 def variant_of(wildcards):

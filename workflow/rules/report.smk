@@ -10,10 +10,8 @@ rule report:
         measurements=rules.stats.output.measurements,
         outputs=output_files,
         quality=rules.quality_stats.output.quality,
-        counts=([rules.prompts.output.counts] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []),
-        dataset=(
-            [rules.fetch_dataset.output.manifest] if any(has_tokenizer(v.source_of_tokens) for v in VARIANTS) else []
-        ),
+        counts=rules.prompts.output.counts if any_text() else [],
+        dataset=rules.fetch_dataset.output.manifest if any_text() else [],
         models=sorted({f"{RESULTS}/models/{v.model}/manifest.json" for v in VARIANTS}),
         plots=[f"{RESULTS}/plots/bars-{workload}.svg" for workload in CONFIG.workloads]
         + [f"{RESULTS}/plots/retrofit-{retrofit}.svg" for retrofit in CONFIG.retrofits]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from kvbench.errors import Unsupported
-from kvbench.loading import load_tokenizer
+from kvbench.manifest import Manifest
 from kvbench.methods import Dense
 from kvbench.rows import generate_rows, unpadded, until_end
+from kvbench.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Limits:
     max_prompt_tokens: int
 
 
-def alone(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
+def alone(model: Any, manifest: Manifest, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
     """Answer each prompt as if it were alone, so that no pad is scored, kept or attended to.
 
     A prompt that the method refuses (shorter than its window, say) has the status ``unsupported`` and no text.
@@ -30,20 +31,20 @@ def alone(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Lim
     ----------
     prompts : prompts.parquet; the first ``limits.count`` rows are answered.
     """
-    tok = load_tokenizer(tokenizer)
+    tok = load_tokenizer(manifest)
     rows = _first(prompts, limits.count)
     ids = [encode(tok, row["prompt"])[: limits.max_prompt_tokens] for row in rows]
     answers = _alone(model, tok, method, ids, limits.new_tokens, end_ids(model, tok))
     return [row | answer for row, answer in zip(rows, answers, strict=True)]
 
 
-def both_ways(model: Any, tokenizer: Path, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
+def both_ways(model: Any, manifest: Manifest, method: Dense, prompts: Path, limits: Limits) -> list[dict[str, Any]]:
     """Answer the prompts as the article does, in one left-padded batch, and the same token ids alone.
 
     Source: the article's ``generate_text_samples``: no chat template, the tokenizer's own end of sequence. Presses
     read the pads as tokens in the batch, so that its texts show the padding's doing beside the press's.
     """
-    tok = load_tokenizer(tokenizer)
+    tok = load_tokenizer(manifest)
     tok.padding_side, tok.pad_token = "left", tok.eos_token
     rows = _first(prompts, limits.count)
     texts = [row["prompt"] for row in rows]

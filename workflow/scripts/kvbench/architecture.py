@@ -27,6 +27,17 @@ def describe(config: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def kv_shape(config: Mapping[str, Any]) -> tuple[int, int]:
+    """KV heads and head_dim; a config that names neither means the query heads, and their share of the hidden size.
+
+    Parameters
+    ----------
+    config : a checkpoint's ``config.json``, or `describe`.
+    """
+    heads = config["num_attention_heads"]
+    return config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The sizes of a model.
@@ -63,16 +74,16 @@ class Architecture:
         lacking = [key for key in ("model_type", *_SIZES) if config.get(key) is None]
         if lacking:
             raise Unsupported(f"the model's config has no {', '.join(lacking)}, so its bytes cannot be counted")
-        heads = config["num_attention_heads"]
+        kv_heads, head_dim = kv_shape(config)
         slides = config.get("use_sliding_window", True)
         return cls(
             kind=config["model_type"],
             layers=config["num_hidden_layers"],
             hidden=config["hidden_size"],
             intermediate=config["intermediate_size"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            heads=config["num_attention_heads"],
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             vocabulary=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
             attention_bias=bool(config.get("attention_bias")),

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from kvbench.architecture import describe, kv_shape
+
 
 @dataclass(frozen=True)
 class CacheBytes:
@@ -56,10 +58,9 @@ def full_cache_bytes(config: Any, batch_size: int, tokens: int, itemsize: int) -
     ----------
     config : a transformers config (the text part of a multimodal one).
     """
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * batch_size * heads * tokens * head_dim * itemsize
+    sizes = describe(config)
+    heads, head_dim = kv_shape(sizes)
+    return 2 * sizes["num_hidden_layers"] * batch_size * heads * tokens * head_dim * itemsize
 
 
 def _paged_bytes(layers: list[Any]) -> CacheBytes:

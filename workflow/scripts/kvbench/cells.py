@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvbench import files, jobs, tables
-from kvbench.jobs import Job
+from kvbench.jobs import Job, Ready
 
 SIZES = ("batch_size", "prompt_tokens", "new_tokens")
 
@@ -53,13 +53,9 @@ def prefill(job: Job, workload: Path) -> None:
     """Measure a cell's prefill and write its JSON record."""
 
     def work(facts: dict[str, Any]) -> dict[str, Any]:
-        _must_be_tried(job, facts, workload)
-        facts["workload"] = tables.provenance_of(workload)
-        ready, batch = jobs.ready(job, facts), _batch(workload, facts)
+        ready, batch, effort = _begin(job, facts, workload)
         from kvbench import engines, measure
 
-        ready.method.check(ready.model, len(batch.input_ids))
-        effort = _effort(job, batch)
         if job.protocol["name"] == "article":
             return measure.prefill_article(ready.model, batch, ready.method, effort)
         engine = engines.engine(job.protocol["engine"], batch.input_ids.device)
@@ -85,13 +81,9 @@ def generation(job: Job, workload: Path) -> None:
     """Measure a cell's generation and write one row a repeat."""
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
-        _must_be_tried(job, facts, workload)
-        facts["workload"] = tables.provenance_of(workload)
-        ready, batch = jobs.ready(job, facts), _batch(workload, facts)
+        ready, batch, effort = _begin(job, facts, workload)
         from kvbench import energy, engines, measure
 
-        ready.method.check(ready.model, len(batch.input_ids))
-        effort = _effort(job, batch)
         if job.protocol["name"] == "article":
             return list(measure.generation_article(ready.model, batch, ready.method, effort)["repeats"])
         engine, watch = engines.engine(job.protocol["engine"], batch.input_ids.device), _watch(batch)
@@ -129,14 +121,23 @@ def capacity(job: Job, workload: Path) -> None:
     jobs.run(job, work, write)
 
 
-def _must_be_tried(job: Job, facts: dict[str, Any], workload: Path) -> None:
+def _begin(job: Job, facts: dict[str, Any], workload: Path) -> tuple[Ready, Any, Any]:
+    """What a cell that is worth a try needs: the model and a method that takes its rows, the batch, the effort."""
+    sizes = tables.provenance_of(workload)
+    _must_be_tried(job, facts, sizes)
+    facts["workload"] = sizes
+    ready, batch = jobs.ready(job, facts), _batch(workload, facts)
+    ready.method.check(ready.model, len(batch.input_ids))
+    return ready, batch, _effort(job, batch)
+
+
+def _must_be_tried(job: Job, facts: dict[str, Any], sizes: dict[str, Any]) -> None:
     """Refuse a cell when one of the same variant that is no larger has run out of memory on such a device.
 
     Raises
     ------
     MemoryError : which cell that was.
     """
-    sizes = tables.provenance_of(workload)
     for file in sorted(set(job.output.parent.glob(f"*{job.output.suffix}")) - {job.output}):
         status, reason, known = _outcome(file)
         alike = all(known.get(key) == facts[key] for key in ("variant", "loading", "protocol", "device", "code"))

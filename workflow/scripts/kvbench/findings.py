@@ -57,12 +57,9 @@ def headline(rows: Sequence[Row], tallies: Sequence[TextTally], prices: Mapping[
     """
     measured = [row for row in rows if row["status"] == "ok"]
     if not measured:
-        counts = [
-            f"{len(hit)} {words.STATUS_WORDS.get(status, status)}"
-            for status in unique(row["status"] for row in rows)
-            if (hit := [row for row in rows if row["status"] == status])
-        ]
-        return f"Nothing was measured: {words.listing(counts) or 'no cells'}."
+        found = [str(row["status"]) for row in rows]
+        names = {status: words.STATUS_WORDS.get(status, status) for status in found}
+        return f"Nothing was measured: {words.counts(found, names) or 'no cells'}."
     pairs = [(row, base) for row in measured if (base := baseline_of(row, rows)) is not None]
     if not pairs:
         return f"{len(measured)} cells measured, none of them with a baseline to compare with."
@@ -96,10 +93,9 @@ def verdict_counts(rows: Sequence[Row]) -> str:
         "indistinguishable": "indistinguishable from it",
         "unknown": "without an interval to judge by",
     }
-    counts = [f"{verdicts.count(verdict)} {name}" for verdict, name in names.items() if verdict in verdicts]
     cells = f"{len(verdicts)} comparison{'s' if len(verdicts) != 1 else ''} of throughput"
     rule = " Two cells differ only where their intervals do not overlap." if {*verdicts} - {"unknown"} else ""
-    return f"{cells}: {words.listing(counts)}.{rule}" if verdicts else ""
+    return f"{cells}: {words.counts(verdicts, names)}.{rule}" if verdicts else ""
 
 
 def _faster(row: Row, base: Row, change: Comparison, rows: Sequence[Row], price: Callable[[Row], str]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import lm_eval
 import yaml
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
 
 from kvbench import config as configs
 from kvbench import device as devices
@@ -20,6 +19,7 @@ from kvbench.lm_eval_model import CompressedLM
 from kvbench.manifest import Manifest, load_manifest
 from kvbench.presses import nearest
 from kvbench.provenance import versions
+from kvbench.tokenizer import load_tokenizer
 
 PACKAGES = ("lm_eval", "torch", "transformers", "kvpress", "datasets")
 
@@ -69,10 +69,9 @@ def run(variant: Variant, tasks: Tasks, output: Path) -> None:
     """
     config = _load(variant)
     manifest = _manifest(config, variant)
-    tokenizer = str(manifest.tokenizer)
     manager = TaskManager(
         include_path=str(tasks.include) if tasks.include else None,
-        metadata={"tokenizer": tokenizer} | (tasks.metadata or {}),
+        metadata={"tokenizer": str(manifest.tokenizer)} | (tasks.metadata or {}),
     )
     _check_names(tasks.names, manager)
     spec = grid.method_spec(config, variant.method)
@@ -82,7 +81,7 @@ def run(variant: Variant, tasks: Tasks, output: Path) -> None:
             method = methods.build(spec)
             with method.loading(manifest):
                 loaded = loading.load_model(manifest, wanted.dtype, wanted.attention, device)
-            lm = CompressedLM(loaded.model, AutoTokenizer.from_pretrained(tokenizer), method, variant.question_marker)
+            lm = CompressedLM(loaded.model, load_tokenizer(manifest), method, variant.question_marker)
         except Unsupported as error:
             raise UserError(f"{variant.method} cannot run on {variant.model}: {error}", "Choose another") from error
         found = lm_eval.simple_evaluate(

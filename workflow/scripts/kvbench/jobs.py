@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from kvbench import tables
 from kvbench.errors import Unsupported, UserError, cli
 from kvbench.isolate import isolated
 from kvbench.provenance import versions
@@ -81,6 +84,25 @@ def run(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[..., No
         lambda: cli(child),
         died=lambda reason: write("failed", reason, known | {"versions": versions()}, None),
     )
+
+
+def rows_writer(job: Job, schema: pa.Schema, about: dict[str, Any] | None = None) -> Callable[..., None]:
+    """The ``write`` of `run` for a job whose result is rows: each under the variant's names and the job's status.
+
+    Without a result, one row says why.
+
+    Parameters
+    ----------
+    schema : of the file; a row's own status goes before the job's.
+    about : added to the facts that the file carries.
+    """
+
+    def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
+        overall = {key: job.variant[key] for key in ("model", "method")} | {"status": status, "status_reason": reason}
+        rows = [overall | row for row in (result if result is not None else [{}])]
+        tables.write(job.output, pa.Table.from_pylist(rows, schema), facts | (about or {}))
+
+    return write
 
 
 def attempt(work: Callable[[], Any]) -> tuple[str, str | None, Any]:

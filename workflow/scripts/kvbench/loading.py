@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvbench.manifest import Manifest, check_manifest_files
 
@@ -75,17 +75,6 @@ def load_model(manifest: Manifest, dtype: str, attention: str, device: torch.dev
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Loaded(model, time.perf_counter() - start, state, _weights_bytes(model))
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, whichever version of transformers has saved it."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ValueError:
-        # transformers 5 gives the class a name that 4 does not know; what it saves is the same
-        if not (folder / "tokenizer.json").exists():
-            raise
-        return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def _state(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kvbench import jobs, tables
+from kvbench import jobs
 from kvbench.errors import Unsupported
 from kvbench.jobs import Job
 
@@ -45,12 +45,6 @@ def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tok
         ready.method.check(ready.model, 1)
         limits = answers.Limits(count, new_tokens, max_prompt_tokens)
         answer = answers.both_ways if job.protocol["name"] == "article" else answers.alone
-        return answer(ready.model, ready.manifest.tokenizer, ready.method, prompts, limits)
+        return answer(ready.model, ready.manifest, ready.method, prompts, limits)
 
-    def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
-        names = {key: job.variant[key] for key in ("model", "method")}
-        overall = {"status": status, "status_reason": reason}
-        rows = [names | overall | row for row in (result if result is not None else [{}])]
-        tables.write(job.output, pa.Table.from_pylist(rows, OUTPUTS), facts)
-
-    jobs.run(job, work, write)
+    jobs.run(job, work, jobs.rows_writer(job, OUTPUTS))

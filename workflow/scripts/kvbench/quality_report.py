@@ -265,7 +265,8 @@ def _settings(scores: Scores, config: Mapping[str, Any]) -> list[str]:
         said.append(
             f"A prefix of {quality['prefix_tokens']:,} tokens is compressed, and the {quality['continuation_tokens']:,}"
             f" tokens after it are read with the full cache and with the compressed one, in up to"
-            f" {quality['windows']:,} windows each of {corpora}."
+            f" {quality['windows']:,} windows each of {corpora}; a window is of one conversation or chapter alone, cut"
+            " wherever in its text so many tokens end."
         )
     if retrieval.get("samples") and any(scores.points(task) for task in scores.tasks):
         tokens = words.listing([f"{length:,}" for length in retrieval["prompt_tokens"]])

@@ -76,11 +76,10 @@ def write(plan: dict[str, Any], folder: Path, output: Path, provenance: dict[str
 
 
 def _machine(plan: dict[str, Any], folder: Path) -> Row:
-    """Versions, device and driver of the first variant's jobs; all of a run have the same but for a change since."""
+    """What the first variant's jobs ran on; all of a run have the same but for a change since."""
     cell = plan["cells"][0]
     files = [folder / stage / cell["model"] / f"{cell['method']}.parquet" for stage in STAGES]
-    facts = next((tables.provenance_of(file) for file in files if file.exists()), {})
-    return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}
+    return next((tables.machine_of(file) for file in files if file.exists()), {})
 
 
 def merge(plan: dict[str, Any], folder: Path) -> list[Row]:

@@ -68,9 +68,8 @@ def tally_words(scores: Scores) -> str:
         "collapsed": "collapsed",
         "unknown": "not decided",
     }
-    counts = [f"{found.count(verdict)} {name}" for verdict, name in names.items() if verdict in found]
     variants = f"{len(found)} variant{'s' if len(found) != 1 else ''}"
-    return f"Quality of {variants}: {words.listing(counts)}." if counts else ""
+    return f"Quality of {variants}: {words.counts(found, names)}." if found else ""
 
 
 def price(scores: Scores, variant: str) -> str:

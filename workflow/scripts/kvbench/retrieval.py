@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from kvbench import jobs, needles, tables
+from kvbench import jobs, needles
 from kvbench.errors import Unsupported
 from kvbench.jobs import Job
 from kvbench.needles import Point, Quiz
@@ -44,25 +44,20 @@ def retrieval(job: Job, request: dict[str, Any]) -> None:
     """
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
-        from kvbench.loading import load_tokenizer
         from kvbench.manifest import load_manifest
+        from kvbench.tokenizer import load_tokenizer
 
         manifest = load_manifest(job.manifest)
         if manifest.tokenizer is None:
             raise Unsupported("random weights have no tokenizer, and their answers would mean nothing")
         ready = jobs.ready(job, facts)
         ready.method.check(ready.model, 1)
-        tokenizer = load_tokenizer(manifest.tokenizer, trust_remote_code=manifest.trust_remote_code)
+        tokenizer = load_tokenizer(manifest)
         alike = groupby(needles.points(request), lambda point: (point.task, point.prompt_tokens))
         parts = tqdm([list(points) for _, points in alike], desc="retrieval", unit="task", mininterval=1.0)
         return [row for points in parts for row in _rows(ready, tokenizer, points, request)]
 
-    def write(status: str, reason: str | None, facts: dict[str, Any], result: list[dict[str, Any]] | None) -> None:
-        overall = {key: job.variant[key] for key in ("model", "method")} | {"status": status, "status_reason": reason}
-        rows = [overall | row for row in (result if result is not None else [{}])]
-        tables.write(job.output, pa.Table.from_pylist(rows, RETRIEVAL), facts | {"retrieval": request})
-
-    jobs.run(job, work, write)
+    jobs.run(job, work, jobs.rows_writer(job, RETRIEVAL, {"retrieval": request}))
 
 
 def _rows(ready: Any, tokenizer: Any, points: list[Point], request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from kvbench.jobs import Job
 from kvbench.manifest import Manifest, load_manifest
 from kvbench.options import CONTINUATION, Retrofit, TextFile
 from kvbench.provenance import versions
+from kvbench.tokenizer import load_tokenizer
 
 CURVE = pa.schema(
     [
@@ -45,18 +46,15 @@ def make_corpus(job: Job, settings: Retrofit, prompts: Path | None, dataset: Pat
     UserError : a sequence is longer than the model's context, or no text is long enough.
     """
     manifest = load_manifest(job.manifest)
-    tokenizer = _checked(manifest, settings)
+    _check(manifest, settings)
 
     def write(facts: dict[str, Any], load: Callable[[], Any]) -> None:
-        from transformers import AutoTokenizer
-
         from kvbench.dms import corpus
 
         text = str(settings.text.path) if isinstance(settings.text, TextFile) else settings.text
         wanted = settings.steps * settings.batch_size
         request = corpus.Request(text, settings.tokens, wanted, settings.held_out, settings.seed)
-        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=manifest.trust_remote_code)
-        found = corpus.collect(reader, request, prompts, dataset, load)
+        found = corpus.collect(load_tokenizer(manifest), request, prompts, dataset, load)
         counts = {split: sum(each.split == split for each in found) for split in ("train", "held_out")}
         corpus.write(found, job.output, facts | vars(request) | counts)
         print(f"{counts['train']} sequences of {settings.tokens} tokens to train on, {counts['held_out']} held out")
@@ -78,7 +76,7 @@ def train(job: Job, corpus: Path, settings: Retrofit) -> None:
     UserError : the corpus or the model does not fit the settings; training ran out of memory, or diverged.
     """
     manifest = load_manifest(job.manifest)
-    _checked(manifest, settings)
+    _check(manifest, settings)
     _check_lora(settings)
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,8 +103,8 @@ def _on_device(job: Job, work: Callable[[dict[str, Any]], Any], write: Callable[
     jobs.run(job, work, finish)
 
 
-def _checked(manifest: Manifest, settings: Retrofit) -> Path:
-    """The folder of the model's tokenizer, if the model can be retrofitted so."""
+def _check(manifest: Manifest, settings: Retrofit) -> None:
+    """Refuse a model that cannot be retrofitted so."""
     if manifest.tokenizer is None:
         raise UserError(f"{manifest.name} has random weights, which have nothing to learn from", "Name another model")
     tokens = settings.tokens + CONTINUATION
@@ -116,7 +114,6 @@ def _checked(manifest: Manifest, settings: Retrofit) -> Path:
             f" {manifest.name}, {manifest.context} tokens",
             "Lower tokens of the retrofit",
         )
-    return manifest.tokenizer
 
 
 def _check_lora(settings: Retrofit) -> None:

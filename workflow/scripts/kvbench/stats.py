@@ -131,10 +131,9 @@ def write(plan: dict[str, Any], folder: Path, outputs: dict[str, Path], provenan
 
 
 def _machine(plan: dict[str, Any], folder: Path) -> Row:
-    """Versions, device and driver of the first cell's job; every cell of a run has the same but for a change since."""
+    """What the first cell's job ran on; every cell of a run has the same but for a change since."""
     cell = plan["cells"][0]
-    facts = tables.provenance_of(folder / "generation" / cell["model"] / cell["method"] / f"{cell['workload']}.parquet")
-    return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}
+    return tables.machine_of(folder / "generation" / cell["model"] / cell["method"] / f"{cell['workload']}.parquet")
 
 
 def _repeats(cell: Row, protocol: Row, folder: Path, rates: dict[str, Rates]) -> tuple[list[Row], Row]:

@@ -25,3 +25,9 @@ def write(path: str | Path, table: pa.Table, provenance: dict[str, Any]) -> None
 def provenance_of(path: str | Path) -> dict[str, Any]:
     """The provenance of a file; empty if it carries none."""
     return json.loads((pq.read_schema(path).metadata or {}).get(KEY, b"{}"))
+
+
+def machine_of(path: str | Path) -> dict[str, Any]:
+    """Of a file's provenance, the versions, device and driver of the job that wrote it, as far as it knew them."""
+    facts = provenance_of(path)
+    return {name: facts[name] for name in ("versions", "device", "driver") if name in facts}

@@ -3,8 +3,9 @@
 A metric's verdict, for a variant against its baseline over the same observations:
 
 collapsed
-    the share of collapsed texts is at least half above the baseline's, and the interval of that difference lies
-    above 0 (metric `collapsed` only).
+    the share of collapsed texts is at least half above the baseline's, and the test's p alone is below 0.05: at
+    least six texts fell where the baseline's did not, more if any did the other way (metric `collapsed` only). Holm's
+    correction would take more texts than one reads; half of them is what guards against chance among many variants.
 worse, better
     the 95% interval of the difference excludes 0, and the test's p is below 0.05 after Holm's correction over the
     variants of the model.
@@ -94,7 +95,7 @@ def of_metric(row: Mapping[str, Any]) -> Verdict | None:
     Parameters
     ----------
     row : with ``metric``, ``status``, ``is_baseline``, ``documents``, ``baseline_value``, ``difference`` and its ends,
-        and ``p_holm``.
+        ``p`` and ``p_holm``.
     """
     metric = METRICS[row["metric"]]
     if metric.margin is None or row["status"] != "ok" or row["is_baseline"]:
@@ -104,7 +105,7 @@ def of_metric(row: Mapping[str, Any]) -> Verdict | None:
     low, high = row["difference_low"], row["difference_high"]
     if low is None or high is None:
         return "unknown"
-    if metric.name == "collapsed" and row["difference"] >= COLLAPSED_SHARE and low > 0:
+    if metric.name == "collapsed" and row["difference"] >= COLLAPSED_SHARE and row["p"] < ALPHA:
         return "collapsed"
     if (low > 0 or high < 0) and row["p_holm"] is not None and row["p_holm"] < ALPHA:
         return "better" if (low > 0) == (metric.better == "higher") else "worse"

@@ -18,6 +18,7 @@ from kvbench import book, jobs, window_table, workload
 from kvbench.errors import Unsupported, UserError
 from kvbench.jobs import Job
 from kvbench.manifest import Manifest, load_manifest
+from kvbench.tokenizer import load_tokenizer
 from kvbench.window_table import Window
 
 NO_TEXT = "random weights have no tokenizer, and what they predict would mean nothing"
@@ -46,10 +47,7 @@ def make(job: Job, prompts: Path | None, dataset: Path | None, request: Request)
         if manifest.tokenizer is None or prompts is None or dataset is None:
             raise Unsupported(NO_TEXT)
         _check_context(manifest, request)
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(manifest.tokenizer, trust_remote_code=manifest.trust_remote_code)
-        return windows(tokenizer, prompts, dataset, request, lambda: jobs.ready(job, facts).model)
+        return windows(load_tokenizer(manifest), prompts, dataset, request, lambda: jobs.ready(job, facts).model)
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: list[Window] | None) -> None:
         window_table.write(job.output, result or [], status, reason, facts | {"windows": vars(request)})

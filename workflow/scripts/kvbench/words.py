@@ -1,7 +1,7 @@
 """Numbers and differences in words: one table of quantities for the figures and the report."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -230,6 +230,11 @@ def shorten(text: object, width: int) -> str:
 def listing(items: list[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def counts(found: Sequence[str], names: Mapping[str, str]) -> str:
+    """``3 faster and 1 slower``: how often each of ``names`` was found, in their order, by its words."""
+    return listing([f"{found.count(key)} {name}" for key, name in names.items() if key in found])
 
 
 def workload_words(row: Row) -> str:

@@ -29,6 +29,7 @@ from kvbench.files import read_json
 from kvbench.manifest import Manifest, check_manifest_files, load_manifest
 from kvbench.scan import HUMAN_ROLES
 from kvbench.sharegpt import Records, read_role, read_texts
+from kvbench.tokenizer import load_tokenizer
 
 ROWS_AT_ONCE = 256
 # Conversations held in memory at once, in characters.
@@ -115,10 +116,7 @@ def _random(model: Manifest, request: Request) -> tuple[list[Row], dict[str, Any
 def _tokenized(
     model: Manifest, prompts: Path, dataset_manifest: Path | None, request: Request
 ) -> tuple[list[Row], dict[str, Any]]:
-    # Importing it takes seconds, which a model of random weights does without.
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model)
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {model.name} has no end-of-sequence token", "Set eos_token in it")
     if request.padding == "article":
