@@ -1,4 +1,4 @@
-"""A checkpoint from its manifest onto a device, and a tokenizer from its folder."""
+"""A checkpoint from its manifest onto a device."""
 
 import ctypes
 import mmap
