@@ -75,16 +75,21 @@ def test_first_texts_are_held_out_and_none_is_on_both_sides(text: str, tokens: i
     assert len({each.document for each in held_out}) == len(held_out)
 
 
-def test_conversations_are_cut_whole_into_pieces(make: Make, tokenizer: Any) -> None:
+def test_conversations_are_laid_end_to_end_and_cut(make: Make, tokenizer: Any, folder: Path) -> None:
     chats = {chat["id"]: chat["conversations"] for chat in tinyrun.chats()}
     train, *_ = split(make("conversations", 10**6))
     names = {"human": "user", "gpt": "assistant"}
-    for document in {each.document for each in train}:
+    order = pq.read_table(folder / "prompts.parquet")["conversation_id"].to_pylist()
+    laid: list[int] = []
+    owners: list[str] = []
+    for document in order[len(order) // 4 + bool(len(order) % 4) :]:
         turns = [{"role": names[m["from"]], "content": m["value"]} for m in chats[document]]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = [each.input_ids for each in train if each.document == document]
-        assert pieces == [ids[at : at + TOKENS] for at in range(0, len(ids) - TOKENS + 1, TOKENS)]
+        laid, owners = laid + ids, owners + [document] * len(ids)
+    starts = range(0, len(laid) - TOKENS + 1, TOKENS)
+    assert [each.input_ids for each in train] == [laid[at : at + TOKENS] for at in starts]
+    assert [each.document for each in train] == [owners[at] for at in starts]
 
 
 def test_a_models_own_answers_begin_with_what_it_is_asked_and_are_drawn_again_alike(make: Make, tokenizer: Any) -> None:

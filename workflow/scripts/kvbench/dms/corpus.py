@@ -1,7 +1,8 @@
 """Token sequences of one length to retrofit a model on, and others, of other texts, to judge it on.
 
 ``conversations``
-    the dataset's conversations, whole, each cut into pieces that do not overlap.
+    the dataset's conversations, whole, laid end to end and cut into pieces that do not overlap: most are shorter than a
+    sequence, and what is left of a long one would be lost. What is held out is one conversation a piece.
 ``own``
     the model's own answers to the dataset's first messages, sampled.
 a file's path
@@ -123,6 +124,8 @@ class _Taken:
         self.request = request
         self.first_trained = request.held_out * texts
         self.found: dict[str, list[Sequence]] = {"train": [], "held_out": []}
+        self.left: list[int] = []
+        self.left_of = ""
 
     def split(self, place: int) -> str:
         """Which split the text at this place belongs to."""
@@ -145,6 +148,21 @@ class _Taken:
                 return
             self.found[split].append(Sequence(split, corpus, document, ids[start : start + size]))
 
+    def lay(self, corpus: str, document: str, ids: list[int]) -> None:
+        """Lay ids behind what is left of the texts before, and cut all that fills pieces to train on.
+
+        A piece's document is the one that it begins with.
+        """
+        size, laid = self.length("train"), self.left + ids
+        for start in range(0, len(laid) - size + 1, size):
+            if self.full("train"):
+                return
+            begins_with = self.left_of if start < len(self.left) else document
+            self.found["train"].append(Sequence("train", corpus, begins_with, laid[start : start + size]))
+        rest = len(laid) - len(laid) % size
+        self.left_of = self.left_of if rest < len(self.left) else document
+        self.left = laid[rest:]
+
     @property
     def all(self) -> list[Sequence]:
         return self.found["train"] + self.found["held_out"]
@@ -152,7 +170,7 @@ class _Taken:
 
 def _of_conversations(tokenizer: Any, prompts: Path, dataset: Path, request: Request) -> list[Sequence]:
     taken = _Taken(request, pq.ParquetFile(prompts).metadata.num_rows)
-    texts = workload.conversation_texts(tokenizer, prompts, dataset, request.tokens)
+    texts = workload.conversation_texts(tokenizer, prompts, dataset, 1)
     while not taken.full("train") and (batch := list(islice(texts, PROMPTS_AT_ONCE))):
         wanted = []
         for row, text in batch:
@@ -160,7 +178,10 @@ def _of_conversations(tokenizer: Any, prompts: Path, dataset: Path, request: Req
             if text and not taken.full(split):
                 wanted.append((split, str(row["conversation_id"]), text))
         for (split, document, _), ids in zip(wanted, _ids(tokenizer, [text for *_, text in wanted]), strict=True):
-            taken.add(split, "conversations", document, ids)
+            if split == "train":
+                taken.lay("conversations", document, ids)
+            else:
+                taken.add(split, "conversations", document, ids)
     return taken.all
 
 
