@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from kvbench import prompts, sources
+from kvbench.scan import Rules
+
 WORDS = "the cache keeps what a model has read and a press throws most of it away again before it writes".split()
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -87,3 +90,11 @@ def make(folder: Path, **changes: Any) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config(folder) | changes, sort_keys=False), "utf-8")
     return path
+
+
+def with_prompts(folder: Path) -> Path:
+    """`make`, and its chats' prompts (``prompts.parquet``) and manifest (``dataset.json``); returns the folder."""
+    make(folder)
+    sources.fetch_dataset("chats", {"path": str(folder / "chats.json")}, folder / "dataset.json")
+    prompts.select(folder / "chats.json", folder / "prompts.parquet", Rules("human_first", 1, 1, 0.0), {})
+    return folder

@@ -11,12 +11,11 @@ import torch
 
 import tiny
 import tinyrun
-from kvbench import book, prompts, sources
+from kvbench import book
 from kvbench.dms import corpus
 from kvbench.dms.corpus import HELD_OUT, Request, Sequence
 from kvbench.errors import UserError
 from kvbench.options import CONTINUATION
-from kvbench.scan import Rules
 
 TOKENS = 40
 
@@ -24,11 +23,7 @@ TOKENS = 40
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model's tokenizer, chats, their prompts and their manifest."""
-    where = tmp_path_factory.mktemp("corpus")
-    tinyrun.make(where)
-    sources.fetch_dataset("chats", {"path": str(where / "chats.json")}, where / "dataset.json")
-    prompts.select(where / "chats.json", where / "prompts.parquet", Rules("human_first", 1, 1, 0.0), {})
-    return where
+    return tinyrun.with_prompts(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,10 @@ import pytest
 
 import tiny
 import tinyrun
-from kvbench import book, prompts, sources, window_table, windows, workload
+from kvbench import book, window_table, windows, workload
 from kvbench.decode import generate
 from kvbench.errors import Unsupported, UserError
 from kvbench.methods import Dense
-from kvbench.scan import Rules
 from kvbench.windows import Request
 
 ALL = ["own", "conversations", "book"]
@@ -22,11 +21,7 @@ ALL = ["own", "conversations", "book"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model's tokenizer, chats, their prompts and their manifest."""
-    where = tmp_path_factory.mktemp("windows")
-    tinyrun.make(where)
-    sources.fetch_dataset("chats", {"path": str(where / "chats.json")}, where / "dataset.json")
-    prompts.select(where / "chats.json", where / "prompts.parquet", Rules("human_first", 1, 1, 0.0), {})
-    return where
+    return tinyrun.with_prompts(tmp_path_factory.mktemp("windows"))
 
 
 @pytest.fixture(scope="module")
