@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from kvbench import sheets, words
+from kvbench import placing, sheets, words
 from kvbench.errors import UserError
 from kvbench.results import COLOURS, MUTED, read_rows, unique
 from kvbench.words import Row
@@ -102,11 +102,10 @@ def _line(
 
 def _label(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names right of the lines' ends, moved apart where they would lie on each other."""
-    gap = 0.16 / HEIGHT
     axes.set_ylim(axes.get_ylim())  # the scale is settled before anything is placed by it
-    place, lowest = axes.transAxes.inverted(), -1.0
-    for value, label, colour in sorted(ends):
-        wanted = place.transform(axes.transData.transform((0, value)))[1]
-        lowest = max(float(wanted), lowest + gap)
+    place = axes.transAxes.inverted()
+    wanted = [float(place.transform(axes.transData.transform((0, value)))[1]) for value, *_ in ends]
+    heights = placing.spread(wanted, 0.16 / HEIGHT, 0.0, 1.0)
+    for (value, label, colour), height in zip(ends, heights, strict=True):
         text = f"{label} {words.number(value)}"
-        axes.text(1.02, lowest, text, transform=axes.transAxes, va="center", color=colour, fontsize=8)
+        axes.text(1.02, height, text, transform=axes.transAxes, va="center", color=colour, fontsize=8)

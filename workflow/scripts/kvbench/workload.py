@@ -202,15 +202,11 @@ def whole_conversations(
     return _long(tokenizer, _conversations(dataset.file, left), tokens, "conversation")
 
 
-def conversation_texts(
-    tokenizer: Any, prompts: Path, dataset_manifest: Path, tokens: int
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """Whole conversations that may have as many tokens, in rank order: a prompt's row, and the text of all messages."""
+def conversation_texts(tokenizer: Any, prompts: Path, dataset_manifest: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Whole conversations, in rank order: a prompt's row, and the text of all messages."""
     dataset = load_manifest(dataset_manifest)
     check_manifest_files(dataset)
-    shortest = tokens / UTF8_BYTES_PER_CHARACTER
-    long = [prompt for prompt in _prompts(prompts, text=False) if prompt["conversation_chars"] >= shortest]
-    for prompt, messages in _conversations(dataset.file, long):
+    for prompt, messages in _conversations(dataset.file, list(_prompts(prompts, text=False))):
         yield prompt, _render(tokenizer, messages)
 
 

@@ -48,7 +48,7 @@ def save(student: Student, folder: Path, about: dict[str, Any], rows: Sequence[d
     if about["settings"]["whole_model"]:
         _save_whole(student.model, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    (folder / CARD).write_text(card(student, about, rows, sizes), "utf-8")
+    (folder / CARD).write_text(card(about, rows, sizes), "utf-8")
 
 
 def _save_lora(lora: Any, folder: Path, base: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def _stored(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to("cpu", torch.bfloat16).contiguous()
 
 
-def card(student: Student, about: dict[str, Any], rows: Sequence[dict[str, Any]], sizes: dict[str, int]) -> str:
+def card(about: dict[str, Any], rows: Sequence[dict[str, Any]], sizes: dict[str, int]) -> str:
     """The model card, Markdown with the front matter of a model hub."""
     base, settings = about["base"], about["settings"]
     parts = [

@@ -170,7 +170,7 @@ class _Taken:
 
 def _of_conversations(tokenizer: Any, prompts: Path, dataset: Path, request: Request) -> list[Sequence]:
     taken = _Taken(request, pq.ParquetFile(prompts).metadata.num_rows)
-    texts = workload.conversation_texts(tokenizer, prompts, dataset, 1)
+    texts = workload.conversation_texts(tokenizer, prompts, dataset)
     while not taken.full("train") and (batch := list(islice(texts, PROMPTS_AT_ONCE))):
         wanted = []
         for row, text in batch:

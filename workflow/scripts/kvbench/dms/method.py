@@ -9,6 +9,7 @@ from kvbench import packed
 from kvbench.dms import adapter, evict
 from kvbench.dms.attention import ATTENTION
 from kvbench.dms.cache import CompactCache, join
+from kvbench.dms.ragged import fits_kernel
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 
@@ -50,7 +51,7 @@ class Dms(Dense):
     def check(self, model: Any, batch_size: int) -> None:
         self.heads(model)
         head_dim = model.model.layers[0].self_attn.head_dim
-        if model.device.type == "cuda" and (head_dim < 16 or head_dim & (head_dim - 1)):
+        if model.device.type == "cuda" and not fits_kernel(head_dim):
             raise Unsupported(f"the DMS kernels want a head_dim that is a power of two from 16 on, not {head_dim}")
 
     def cache(self, model: Any) -> CompactCache:

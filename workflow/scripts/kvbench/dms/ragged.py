@@ -54,3 +54,8 @@ def attend_paged(
     from kvbench.dms import kernels
 
     return kernels.attend_paged(query, anchor, table, lengths, value_offset, scale)
+
+
+def fits_kernel(head_dim: int) -> bool:
+    """Whether the fused kernels can take heads of this size."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvbench.dms import evict
+from kvbench.dms.ragged import fits_kernel
 
 ATTENTION = "kvbench_dms_soft"
 """Name under which the attention is registered with transformers."""
@@ -101,11 +102,6 @@ def attend(
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-
-
-def fits_kernel(head_dim: int) -> bool:
-    """Whether the fused kernels can take heads of this size."""
-    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
 
 
 def attend_biased(

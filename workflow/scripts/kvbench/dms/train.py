@@ -98,7 +98,7 @@ class Trainer:
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
         self.noise = torch.zeros(layers, rows, kv_heads, tokens, device=self.device)
         self.kept = torch.zeros((), device=self.device)
-        self.rate = [torch.zeros((), device=self.device) for _ in self.rates]
+        self.rates_now = [torch.zeros((), device=self.device) for _ in self.rates]
         self.passed = 0
         self.judging_s = 0.0
         self._timed = 0, time.perf_counter()
@@ -179,7 +179,7 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + self.step)
         self.noise.copy_(soft.logistic(tuple(self.noise.shape), generator))
         self.kept.fill_(calibrate.share(asked(settings, self.step, self.steps), tokens, settings.window))
-        for group, now, full in zip(self.optimizer.param_groups, self.rate, self.rates, strict=True):
+        for group, now, full in zip(self.optimizer.param_groups, self.rates_now, self.rates, strict=True):
             group["lr"] = now.fill_(full * rate(self.step, self.steps))
 
     def _launch(self) -> tuple[torch.Tensor, ...]:
