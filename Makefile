@@ -45,7 +45,7 @@ bench: setup ## the pipeline's own speed
 		--workload 1x512 4x256 --new-tokens 32
 
 bench-gpu: setup ## the decode engines on a GPU of 80 GB
-	$(BIN)/python benchmarks/engines.py --workload 64x1024 32x4096 8x16384
+	$(BIN)/python benchmarks/engines.py --workload 64x1024 32x4096 8x16384 --energy
 	$(BIN)/python benchmarks/article.py
 
 figures: run ## the README's picture, from a run on this machine

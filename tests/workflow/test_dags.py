@@ -87,11 +87,12 @@ def test_random_weights_have_no_figures_of_quality() -> None:
     assert jobs["quality_stats"] == jobs["report"] == 1 and "quality_plots" not in jobs
 
 
-def test_the_catalogs_entry_gives_the_default_configs_jobs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow/Snakefile"), "--dry-run"]
+@pytest.mark.parametrize(("entry", "more"), [("Snakefile", {}), ("workflow/Snakefile", {"everything": 1})])
+def test_both_entries_give_the_default_configs_jobs(tmp_path: Path, entry: str, more: dict[str, int]) -> None:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / entry), "--cores", "1", "--dry-run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert Done(0, done.stdout + done.stderr).jobs == plan("config.yaml").jobs | {"everything": 1}
+    assert Done(0, done.stdout + done.stderr).jobs == plan("config.yaml").jobs | more
 
 
 def test_the_workflow_as_a_module_of_another(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong: cells that cannot be measured are rows, and bad inputs end in one line that says what to do."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def test_too_few_long_prompts_are_counted_and_what_was_computed_is_kept(tmp_path
     workloads = {"w": {"batch_size": 50, "prompt_tokens": 300, "new_tokens": 2}}
     done = run(tmp_path, "results/workloads/tiny/w.parquet", workloads=workloads)
     assert done.last_line.startswith("error: ") and "50 are needed" in done.last_line, done.output
-    again = snakemake(ROOT, tmp_path, tinyrun.make(tmp_path), "--dry-run")
+    assert json.loads((tmp_path / "results/models/tiny/manifest.json").read_text())["name"] == "tiny"
+    again = snakemake(ROOT, tmp_path, tinyrun.make(tmp_path))
     assert again.status == 0 and again.jobs["workload"] == 1, again.output
     assert not {"fetch_model", "fetch_dataset", "prompts"} & again.jobs.keys()
 
