@@ -14,6 +14,8 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvbench.dms import ragged
+from kvbench.dms.layer import BLOCK, UNIT
 from kvbench.errors import Unsupported
 
 ATTENTION = "kvbench_packed"
@@ -29,9 +31,18 @@ class Mask:
     Attributes
     ----------
     bias : additive, [batch or 1, KV heads or 1, 1, slots]; 0 where a slot may be read, −inf elsewhere.
+    table : where `ragged.attend_paged` finds the slots, counted from a layer's keys; None where heads hold different
+        numbers of tokens, with gaps before the new ones.
+    held : int64 [batch, KV heads], slots that may be read, in the order of the table.
     """
 
     def __init__(self, like: torch.Tensor, kept: int, slots: int, lengths: torch.Tensor | None) -> None:
+        rows, heads, _, head_dim = like.shape
+        self.table: torch.Tensor | None = None
+        if lengths is None and like.is_cuda and ragged.fits_kernel(head_dim):
+            blocks = torch.arange(rows * heads * slots // BLOCK, device=like.device).view(rows, heads, -1)
+            self.table = blocks * (BLOCK * head_dim * like.itemsize // UNIT)
+            self.held = torch.zeros(rows, heads, dtype=torch.long, device=like.device)
         self.places = torch.arange(slots, device=like.device)
         self.kept = kept
         self.lengths = lengths
@@ -42,6 +53,9 @@ class Mask:
 
     def admit(self, step: torch.Tensor) -> None:
         """Admit the kept tokens and the new ones up to ``step`` (int64 [1])."""
+        if self.table is not None:
+            self.held.copy_(step + (self.kept + 1))
+            return
         new = (self.places >= self.kept) & (self.places <= self.kept + step)
         self.bias.copy_(torch.where(self.old | new, 0.0, float("-inf")))
 
@@ -200,14 +214,51 @@ def attend(
     """
     assert packed is not None
     rows, heads, _one, head_dim = query.shape
+    layer = packed.layers[module.layer_idx]
+    if layer.mask.table is not None:
+        scale = head_dim**-0.5 if scaling is None else scaling
+        return attend_slots(query, keys, values, layer.mask.table, layer.mask.held, scale).transpose(1, 2), None
     kv_heads = keys.shape[1]
     folded = query.view(rows, kv_heads, heads // kv_heads, head_dim)
-    mask = packed.layers[module.layer_idx].mask.bias
+    mask = layer.mask.bias
     out = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scaling)
     return out.reshape(rows, 1, heads, head_dim), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+
+
+@torch.library.custom_op("kvbench::attend_slots", mutates_args=())
+def attend_slots(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    held: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`ragged.attend_paged` over packed slots, on CUDA; opaque to torch.compile.
+
+    torch's fused attention gives one program a whole row of keys, and a batch of a few long rows then fills a part of
+    the device only.
+
+    Parameters
+    ----------
+    query : [batch, heads, 1, head_dim].
+    keys, values : [batch, KV heads, slots, head_dim].
+    table, held : those of `Mask`.
+
+    Returns
+    -------
+    [batch, heads, 1, head_dim].
+    """
+    offset = (values.data_ptr() - keys.data_ptr()) // keys.itemsize
+    return ragged.attend_paged(query.contiguous(), keys, table, held, offset, scale)
+
+
+@attend_slots.register_fake
+def _(query: torch.Tensor, *_args: Any) -> torch.Tensor:
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
 @contextmanager
