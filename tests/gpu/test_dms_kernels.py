@@ -9,12 +9,13 @@ import torch
 
 import dms_reference
 import tiny
-from kvbench import engines, methods
+from kvbench import engines, methods, ragged
 from kvbench.cache import cache_bytes
-from kvbench.dms import evict, prefill, ragged
+from kvbench.dms import evict, prefill
 from kvbench.dms.cache import CompactCache
-from kvbench.dms.layer import BLOCK, UNIT, anchor
+from kvbench.dms.layer import anchor
 from kvbench.dms.partition import Partition
+from kvbench.ragged import BLOCK, UNIT
 
 pytestmark = [
     pytest.mark.gpu,

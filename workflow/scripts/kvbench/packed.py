@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvbench.dms import ragged
-from kvbench.dms.layer import BLOCK, UNIT
+from kvbench import ragged
 from kvbench.errors import Unsupported
+from kvbench.ragged import BLOCK, UNIT
 
 ATTENTION = "kvbench_packed"
 """Name under which the attention of a decode step is registered with transformers."""

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvbench.dms import prefill, ragged
+from kvbench import ragged
+from kvbench.dms import prefill
 from kvbench.dms.cache import CompactCache
 from kvbench.dms.evict import LayerInput
 from kvbench.dms.layer import Layer, anchor

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from kvbench.dms.layer import BLOCK, Layer, addresses, ceil_div, coming, owners
+from kvbench.dms.layer import Layer, addresses, ceil_div, coming, owners
 from kvbench.dms.partition import Partition
+from kvbench.ragged import BLOCK
 
 HORIZON = 64
 """Steps that blocks are added for at once, or the window, where that is shorter."""

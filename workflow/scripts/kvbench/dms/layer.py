@@ -6,11 +6,7 @@ from typing import Any
 import torch
 
 from kvbench.dms.partition import Partition
-
-BLOCK = 16
-"""Tokens in a block."""
-UNIT = 64
-"""Bytes that block addresses are counted in; blocks of any model and dtype are whole multiples of it."""
+from kvbench.ragged import BLOCK, UNIT
 
 _ANCHORS: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 

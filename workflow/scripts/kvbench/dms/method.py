@@ -9,9 +9,9 @@ from kvbench import packed
 from kvbench.dms import adapter, evict
 from kvbench.dms.attention import ATTENTION
 from kvbench.dms.cache import CompactCache, join
-from kvbench.dms.ragged import fits_kernel
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
+from kvbench.ragged import fits_kernel
 
 
 class Dms(Dense):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvbench.dms import evict
-from kvbench.dms.ragged import fits_kernel
+from kvbench.ragged import fits_kernel
 
 ATTENTION = "kvbench_dms_soft"
 """Name under which the attention is registered with transformers."""

@@ -3,6 +3,11 @@
 import torch
 from torch.nn import functional
 
+BLOCK = 16
+"""Tokens in a block."""
+UNIT = 64
+"""Bytes that block addresses are counted in; blocks of any model and dtype are whole multiples of it."""
+
 
 def attend_padded(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
@@ -51,9 +56,9 @@ def attend_paged(
     -------
     [batch, heads, 1, head_dim]; accumulated in float32.
     """
-    from kvbench.dms import kernels
+    from kvbench import split_kernels
 
-    return kernels.attend_paged(query, anchor, table, lengths, value_offset, scale)
+    return split_kernels.attend_paged(query, anchor, table, lengths, value_offset, scale)
 
 
 def fits_kernel(head_dim: int) -> bool:
