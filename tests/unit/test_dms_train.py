@@ -154,10 +154,18 @@ def test_rows_without_evictions_get_no_penalty() -> None:
     made, ids = student(wanted()), tiny.ids(3, 30)
     made.heads.bias.data.fill_(0.2)
     noise = torch.zeros(*made.heads.bias.shape[:1], 3, made.heads.bias.shape[1], 30)
-    hidden, evicted = made.learn(ids, noise, 0.3, 1)
+    hidden, evicted = made.learn(ids, noise, 0.3, torch.tensor(1))
     plain = made.ignore(ids)
     torch.testing.assert_close(hidden[0], plain[0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(hidden[1], plain[1], atol=1e-3) and bool((evicted[..., :-1] > 0.9).all())
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "each"), [(4, 0.125, {0, 1}), (8, 0.125, {1}), (3, 0.0, {0}), (5, 0.5, {2, 3})]
+)
+def test_the_share_of_rows_without_evictions_is_that_of_all_steps(size: int, share: float, each: set[int]) -> None:
+    found = [train.whole_rows(step, size, share) for step in range(200)]
+    assert set(found) == each and sum(found) == round(200 * size * share)
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_end() -> None:

@@ -75,14 +75,14 @@ class Student:
         return self.original.hidden(ids, fast)
 
     def learn(
-        self, ids: torch.Tensor, noise: torch.Tensor, temperature: float, whole: int
+        self, ids: torch.Tensor, noise: torch.Tensor, temperature: float, whole: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's last hidden states under soft evictions, with gradient.
 
         Parameters
         ----------
         noise : logistic, [layers, batch, KV heads, tokens].
-        whole : how many rows, the first, are read without evictions.
+        whole : how many rows, the first, are read without evictions; a scalar.
 
         Returns
         -------
@@ -170,7 +170,7 @@ def _gates(
     bias: torch.Tensor,
     noise: torch.Tensor,
     temperature: float,
-    whole: int,
+    whole: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`soft.gates` from a layer's own input, and no penalty in the first ``whole`` rows."""
     alpha, penalty = soft.gates(norm(hidden), weight, bias, noise, temperature)

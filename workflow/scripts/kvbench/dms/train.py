@@ -97,6 +97,7 @@ class Trainer:
         rows, tokens = settings.batch_size, settings.tokens
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
         self.noise = torch.zeros(layers, rows, kv_heads, tokens, device=self.device)
+        self.whole = torch.zeros((), dtype=torch.long, device=self.device)
         self.kept = torch.zeros((), device=self.device)
         self.rates_now = [torch.zeros((), device=self.device) for _ in self.rates]
         self.passed = 0
@@ -178,6 +179,7 @@ class Trainer:
         self.ids.copy_(ids, non_blocking=True)
         generator = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + self.step)
         self.noise.copy_(soft.logistic(tuple(self.noise.shape), generator))
+        self.whole.fill_(whole_rows(self.step, settings.batch_size, settings.dense_share))
         self.kept.fill_(calibrate.share(asked(settings, self.step, self.steps), tokens, settings.window))
         for group, now, full in zip(self.optimizer.param_groups, self.rates_now, self.rates, strict=True):
             group["lr"] = now.fill_(full * rate(self.step, self.steps))
@@ -200,10 +202,9 @@ class Trainer:
 
     def _step(self) -> tuple[torch.Tensor, ...]:
         settings, tokens = self.settings, self.settings.tokens
-        whole = round(settings.dense_share * len(self.ids))
         with precision(self.device):
             teacher = self.student.teach(self.ids, fast=True)
-            hidden, evicted = self.student.learn(self.ids, self.noise, settings.temperature, whole)
+            hidden, evicted = self.student.learn(self.ids, self.noise, settings.temperature, self.whole)
             kl = self._kl(teacher, hidden, settings.window + 1)
         share = evicted[..., : tokens - 1 - settings.window].mean()
         loss = kl + settings.penalty * torch.clamp(1 - self.kept - share, min=0)
@@ -313,6 +314,11 @@ def _optimizer(student: Student, settings: Retrofit) -> tuple[torch.optim.Optimi
     groups = [{"params": group, "lr": one} for group, one in zip((heads, weights), rates, strict=False)]
     on_gpu = student.model.device.type == "cuda"
     return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=on_gpu, capturable=on_gpu), rates
+
+
+def whole_rows(step: int, size: int, share: float) -> int:
+    """How many sequences of a step are read without evictions, so that of all steps it is the share."""
+    return math.floor((step + 1) * size * share) - math.floor(step * size * share)
 
 
 def batch_rows(step: int, size: int, count: int, seed: int) -> np.ndarray:
