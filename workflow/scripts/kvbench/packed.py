@@ -21,8 +21,8 @@ from kvbench.ragged import BLOCK, UNIT
 ATTENTION = "kvbench_packed"
 """Name under which the attention of a decode step is registered with transformers."""
 
-ALIGNMENT = 16
-"""Slots are padded to a multiple of this: fused attention kernels want masks whose rows are aligned."""
+ALIGNMENT = BLOCK
+"""Slots are padded to whole blocks; torch's attention wants masks whose rows are aligned, too."""
 
 
 class Mask:
@@ -30,22 +30,24 @@ class Mask:
 
     Attributes
     ----------
-    bias : additive, [batch or 1, KV heads or 1, 1, slots]; 0 where a slot may be read, −inf elsewhere.
+    bias : additive, [batch or 1, KV heads or 1, 1, slots]; 0 where a slot may be read, −inf elsewhere. Only without a
+        table.
     table : where `ragged.attend_paged` finds the slots, counted from a layer's keys; None where heads hold different
-        numbers of tokens, with gaps before the new ones.
+        numbers of tokens, with gaps before the new ones, and without a kernel.
     held : int64 [batch, KV heads], slots that may be read, in the order of the table.
     """
 
     def __init__(self, like: torch.Tensor, kept: int, slots: int, lengths: torch.Tensor | None) -> None:
         rows, heads, _, head_dim = like.shape
+        self.kept = kept
+        self.lengths = lengths
         self.table: torch.Tensor | None = None
         if lengths is None and like.is_cuda and ragged.fits_kernel(head_dim):
             blocks = torch.arange(rows * heads * slots // BLOCK, device=like.device).view(rows, heads, -1)
             self.table = blocks * (BLOCK * head_dim * like.itemsize // UNIT)
             self.held = torch.zeros(rows, heads, dtype=torch.long, device=like.device)
+            return
         self.places = torch.arange(slots, device=like.device)
-        self.kept = kept
-        self.lengths = lengths
         self.old = self.places < (kept if lengths is None else lengths[:, :, None, None])
         self.bias = torch.zeros(
             (1, 1, 1, slots) if lengths is None else self.old.shape, dtype=like.dtype, device=like.device

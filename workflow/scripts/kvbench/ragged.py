@@ -58,7 +58,7 @@ def attend_paged(
     """
     from kvbench import split_kernels
 
-    return split_kernels.attend_paged(query, anchor, table, lengths, value_offset, scale)
+    return split_kernels.attend(query, anchor, table, lengths, value_offset, scale)
 
 
 def fits_kernel(head_dim: int) -> bool:

@@ -109,22 +109,21 @@ def _merge(
 
 def attend(
     query: torch.Tensor,
-    new_keys: torch.Tensor,
-    new_values: torch.Tensor,
     anchor: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
-    free: torch.Tensor,
     value_offset: int,
     scale: float,
-    new: bool,
+    new: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`attend_paged`; with ``new`` also to a token that is not stored, instead of the one at the slot ``free``.
+    """`ragged.attend_paged`; with ``new`` also to a token that is not stored yet.
 
     Parameters
     ----------
-    new_keys, new_values : of that token, [batch, KV heads, 1, head_dim]; ``free`` int64 [batch, KV heads], or −1.
+    new : its keys and values, [batch, KV heads, 1, head_dim], and int64 [batch, KV heads] the slot whose token it takes
+        the place of, −1 for none.
     """
+    new_keys, new_values, free = new or (lengths, lengths, lengths)
     width, dim = table.shape[-1], query.shape[-1]
     heads, splits = lengths.numel(), triton.cdiv(width * BLOCK, SPLIT)
     group = query.shape[0] * query.shape[1] // heads
@@ -135,23 +134,10 @@ def attend(
         query, new_keys, new_values, anchor, table, lengths, free, partial, tops[0], tops[1], value_offset, width,
         splits, scale * LOG2E, *new_values.stride()[:2],
         heads=lengths.shape[-1], group=group, group_padded=max(triton.next_power_of_2(group), 16), dim=dim, block=BLOCK,
-        unit=UNIT // anchor.itemsize, size=SPLIT, tile=TILE, new=new, num_warps=4, num_stages=3,
+        unit=UNIT // anchor.itemsize, size=SPLIT, tile=TILE, new=new is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     _merge[heads, group](
         partial, tops[0], tops[1], out, splits,
         group=group, dim=dim, padded=triton.next_power_of_2(splits), some=MERGED,
     )  # fmt: skip
     return out
-
-
-def attend_paged(
-    query: torch.Tensor,
-    anchor: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    value_offset: int,
-    scale: float,
-) -> torch.Tensor:
-    """`ragged.attend_paged` by kernel."""
-    none = lengths
-    return attend(query, none, none, anchor, table, lengths, none, value_offset, scale, new=False)

@@ -138,7 +138,7 @@ def step(
     # values may be a slice of a product over all projections; the others come from arithmetic and have no gaps
     query, keys, hidden = (part.contiguous() for part in (query, keys, hidden))
     offset = BLOCK * dim
-    out = split_kernels.attend(query, keys, values, anchor, table, lengths, free, offset, scale, new=True)
+    out = split_kernels.attend(query, anchor, table, lengths, offset, scale, (keys, values, free))
     _append[(lengths.numel(),)](
         keys, values, hidden, weight, bias, anchor, table, lengths, ring, free, position, offset, table.shape[-1],
         hidden.shape[-1], ring.shape[-1], SCALE, OFFSET, *values.stride()[:2],
