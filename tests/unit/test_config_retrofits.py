@@ -71,5 +71,5 @@ def test_random_weights_and_short_contexts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 1100}', "utf-8")
     short = changed(models={"m": {"source": {"path": str(tmp_path)}}}, quality={"windows": 0})
     short["workloads"] = {"w": {"prompt_tokens": 8, "new_tokens": 2}}
-    with pytest.raises(UserError, match=r"retrofits\.m-4x\.tokens: 1024, and 128 more .* than the 1100 of models\.m"):
+    with pytest.raises(UserError, match=r"retrofits\.m-4x\.tokens: 2048, and 128 more .* than the 1100 of models\.m"):
         config.load(short)

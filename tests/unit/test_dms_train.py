@@ -78,11 +78,21 @@ def test_what_is_asked_grows_and_the_rate_rises_and_falls(steps: int, cr: float,
         assert max(rates) == 1 and rates[0] < 1 and rates[-1] == pytest.approx(0, abs=0.02)
 
 
+@given(st.integers(2, 5000), st.floats(0.1, 1), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_evictions_harden_after_the_ramp(steps: int, ramp: float, first: float, last: float) -> None:
+    settings = wanted(ramp=ramp, temperature=first, last_temperature=last)
+    found = [train.temperature(settings, step, steps) for step in range(steps)]
+    soft = [one for step, one in enumerate(found) if step <= ramp * steps]
+    assert soft == pytest.approx([first] * len(soft)) and found == sorted(found, reverse=last < first)
+    if ramp * steps < steps - 1:
+        assert found[-1] == pytest.approx(last)
+
+
 @pytest.mark.parametrize(
     "kind", [{}, {"lora_rank": None}, {"lora_rank": None, "whole_model": True}], ids=["lora", "heads", "whole"]
 )
 def test_the_original_stays_while_the_model_learns(kind: dict[str, Any]) -> None:
-    settings = wanted(**kind)
+    settings = wanted(head_learning_rate=1e-2, **kind)
     made, ids = student(settings), tiny.ids(2, 30)
     expected = tiny.model()(ids).logits
     running = trainer(settings, made)
@@ -153,8 +163,7 @@ def test_gradients_are_the_same_where_memory_is_saved(architecture: str) -> None
 def test_rows_without_evictions_get_no_penalty() -> None:
     made, ids = student(wanted()), tiny.ids(3, 30)
     made.heads.bias.data.fill_(0.2)
-    noise = torch.zeros(*made.heads.bias.shape[:1], 3, made.heads.bias.shape[1], 30)
-    hidden, evicted = made.learn(ids, noise, 0.3, torch.tensor(1))
+    hidden, evicted = made.learn(ids, torch.tensor(0.3), torch.tensor(1))
     plain = made.ignore(ids)
     torch.testing.assert_close(hidden[0], plain[0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(hidden[1], plain[1], atol=1e-3) and bool((evicted[..., :-1] > 0.9).all())

@@ -249,9 +249,9 @@ class Retrofit(Strict):
     """Steps of the optimizer."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds that the job may take: `steps` is lowered to what fits, by the speed of the first 40."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     """Sequences a step."""
-    tokens: int = Field(1024, ge=8)
+    tokens: int = Field(2048, ge=8)
     """Tokens of a sequence."""
     text: Text = "conversations"
     """What is read: the dataset's `conversations`, the model's `own` sampled answers to its first messages, a file."""
@@ -261,10 +261,12 @@ class Retrofit(Strict):
     """Share of a step's sequences that are read without eviction, so that the model stays itself without it."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the weights; null: 0.001 for a LoRA, 0.0001 for the whole model."""
-    head_learning_rate: float = Field(5e-4, gt=0)
+    head_learning_rate: float = Field(2e-3, gt=0)
     """Of the eviction heads."""
-    temperature: float = Field(0.3, gt=0)
-    """Of the soft evictions."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the soft evictions while the compression asked for grows."""
+    last_temperature: float = Field(0.03, gt=0)
+    """That of the last step, to which it falls from there."""
     penalty: float = Field(10.0, gt=0)
     """Weight of the penalty for evicting less than asked, in nats."""
     ramp: float = Field(0.7, gt=0, le=1)
@@ -274,7 +276,7 @@ class Retrofit(Strict):
     checkpoint_steps: int = Field(100, ge=1)
     """Steps after which the state is saved, from which a killed run goes on."""
     seed: int = Field(0, ge=0)
-    """Seed of the LoRA, of the sequences' order and of the noise."""
+    """Seed of the LoRA and of the sequences' order."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Retrofit":

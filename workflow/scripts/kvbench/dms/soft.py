@@ -1,10 +1,11 @@
 """Evictions that are still soft, so that a retrofit can learn them, and the attention that obeys them.
 
-A head's logit ℓ about a token, with logistic noise n and a temperature τ, evicts it by α = σ((ℓ + n) / τ). To queries
-within the window the token is there whole; to later ones its attention score is lower by −log(1 − α). At α = 0 that is
-plain attention, at α = 1 the rule of `evict`.
+A head's logit ℓ about a token, at a temperature τ, evicts it by α = σ(ℓ / τ). To queries within the window the token is
+there whole; to later ones its attention score is lower by −log(1 − α). At α = 0 that is plain attention, at α = 1 the
+rule of `evict`.
 
-Source: arXiv 2506.05345, section 3.2.
+Source: arXiv 2506.05345, section 3.2. There ℓ has logistic noise. Here it has none: a model that learns under noise is
+less good under the rule itself, and a temperature that falls takes decisions away from the middle as well.
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Penalties(NamedTuple):
 
 
 def gates(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, noise: torch.Tensor, temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far each token is evicted, by a layer's head.
 
@@ -47,21 +48,14 @@ def gates(
     ----------
     hidden : the attention's input, [batch, tokens, hidden].
     weight, bias : of the layer's head, [KV heads, hidden] and [KV heads].
-    noise : logistic, [batch, KV heads, tokens].
+    temperature : a scalar.
 
     Returns
     -------
     α and log(1 − α), float32 [batch, KV heads, tokens]; the last token is not judged yet, and stays.
     """
-    decided = evict.shifted(evict.decide(hidden, weight, bias))
-    logits = (decided + noise) / temperature
+    logits = evict.shifted(evict.decide(hidden, weight, bias)) / temperature
     return logits.sigmoid(), functional.logsigmoid(-logits).clamp(min=FLOOR)
-
-
-def logistic(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Standard logistic noise, float32, on the generator's device."""
-    uniform = torch.rand(shape, generator=generator, device=generator.device).clamp_(1e-6, 1 - 1e-6)
-    return torch.logit(uniform)
 
 
 def attend(

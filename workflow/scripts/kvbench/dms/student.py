@@ -75,13 +75,13 @@ class Student:
         return self.original.hidden(ids, fast)
 
     def learn(
-        self, ids: torch.Tensor, noise: torch.Tensor, temperature: float, whole: torch.Tensor
+        self, ids: torch.Tensor, temperature: torch.Tensor, whole: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's last hidden states under soft evictions, with gradient.
 
         Parameters
         ----------
-        noise : logistic, [layers, batch, KV heads, tokens].
+        temperature : of the evictions, a scalar.
         whole : how many rows, the first, are read without evictions; a scalar.
 
         Returns
@@ -95,7 +95,7 @@ class Student:
             if not hidden.requires_grad:
                 hidden.requires_grad_()  # the first layer as the others, so that one compiled form serves all
             norm = self.model.model.layers[layer].input_layernorm
-            alpha, penalty = self._gates(norm, hidden, weights[layer], biases[layer], noise[layer], temperature, whole)
+            alpha, penalty = self._gates(norm, hidden, weights[layer], biases[layer], temperature, whole)
             evicted.append(alpha)
             return penalty
 
@@ -168,12 +168,11 @@ def _gates(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    noise: torch.Tensor,
-    temperature: float,
+    temperature: torch.Tensor,
     whole: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`soft.gates` from a layer's own input, and no penalty in the first ``whole`` rows."""
-    alpha, penalty = soft.gates(norm(hidden), weight, bias, noise, temperature)
+    alpha, penalty = soft.gates(norm(hidden), weight, bias, temperature)
     rows = torch.arange(len(penalty), device=penalty.device)
     return alpha, torch.where(rows[:, None, None] < whole, 0.0, penalty)
 

@@ -2,10 +2,11 @@
 
 A step reads a batch of sequences twice. The original gives the distributions to agree with; the model, under soft
 evictions, pays KL(original ‖ model) a token, and a penalty as long as it evicts less than asked. What is asked grows:
-the compression goes from 1 to its goal linearly, over the first part of the run.
+the compression goes from 1 to its goal linearly, over the first part of the run; from then on the evictions harden, until they are
+nearly those of the rule that the model will live under.
 
-Everything random (the order of the sequences, the noise of the gates) is drawn anew for each step from the seed and the
-step's number, so a run that was killed goes on as if nothing had happened.
+The order of the sequences is that of the seed and the step's number, so a run that was killed goes on as if nothing had
+happened.
 
 Source: arXiv 2506.05345, section 3.2; NVIDIA Model-Optimizer, ``experimental/dms``.
 """
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from kvbench.dms import calibrate, soft
+from kvbench.dms import calibrate
 from kvbench.dms.corpus import Corpus
 from kvbench.dms.judge import divergence, judge, precision
 from kvbench.dms.student import Student
@@ -61,6 +62,13 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
+def temperature(settings: Retrofit, step: int, steps: int) -> float:
+    """That of the evictions at a step of so many: constant over the ramp, then falling by the same factor each step."""
+    ramped = settings.ramp * steps
+    past = max(0.0, step - ramped) / max(1.0, steps - 1 - ramped)
+    return settings.temperature * (settings.last_temperature / settings.temperature) ** min(1.0, past)
+
+
 class Trainer:
     """A training run.
 
@@ -93,10 +101,9 @@ class Trainer:
         self.rows: list[Row] = []
         self.step, self.steps, self.begun = 0, settings.steps, begun
         self.optimizer, self.rates = _optimizer(student, settings)
-        layers, kv_heads, _ = student.heads.weight.shape
         rows, tokens = settings.batch_size, settings.tokens
         self.ids = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
-        self.noise = torch.zeros(layers, rows, kv_heads, tokens, device=self.device)
+        self.temperature = torch.zeros((), device=self.device)
         self.whole = torch.zeros((), dtype=torch.long, device=self.device)
         self.kept = torch.zeros((), device=self.device)
         self.rates_now = [torch.zeros((), device=self.device) for _ in self.rates]
@@ -177,8 +184,7 @@ class Trainer:
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # else the host would wait here for the step before
         self.ids.copy_(ids, non_blocking=True)
-        generator = torch.Generator(self.device).manual_seed(settings.seed * 1_000_003 + self.step)
-        self.noise.copy_(soft.logistic(tuple(self.noise.shape), generator))
+        self.temperature.fill_(temperature(settings, self.step, self.steps))
         self.whole.fill_(whole_rows(self.step, settings.batch_size, settings.dense_share))
         self.kept.fill_(calibrate.share(asked(settings, self.step, self.steps), tokens, settings.window))
         for group, now, full in zip(self.optimizer.param_groups, self.rates_now, self.rates, strict=True):
@@ -204,7 +210,7 @@ class Trainer:
         settings, tokens = self.settings, self.settings.tokens
         with precision(self.device):
             teacher = self.student.teach(self.ids, fast=True)
-            hidden, evicted = self.student.learn(self.ids, self.noise, settings.temperature, self.whole)
+            hidden, evicted = self.student.learn(self.ids, self.temperature, self.whole)
             kl = self._kl(teacher, hidden, settings.window + 1)
         share = evicted[..., : tokens - 1 - settings.window].mean()
         loss = kl + settings.penalty * torch.clamp(1 - self.kept - share, min=0)
