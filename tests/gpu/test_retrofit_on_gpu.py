@@ -77,7 +77,7 @@ def corpus() -> Corpus:
     def some(count: int, tokens: int) -> np.ndarray:
         return draw.integers(1, 300, (count, tokens)).astype(np.int32)
 
-    return Corpus(some(100, TOKENS), {"held": some(4, TOKENS + CONTINUATION)}, {})
+    return Corpus(some(100, TOKENS), np.arange(100), {"held": some(4, TOKENS + CONTINUATION)}, {})
 
 
 def trainer(wanted: Retrofit, save: Any = lambda state: None) -> Trainer:

@@ -41,8 +41,10 @@ def make(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Make:
     chapters = book.chapters()[:3]
     monkeypatch.setattr(book, "chapters", lambda: chapters)
 
-    def run(text: str, sequences: int = 30, held_out: float = 0.25, tokens: int = TOKENS) -> list[Sequence]:
-        request = Request(text, tokens, sequences, held_out, 0)
+    def run(
+        text: str, sequences: int = 30, held_out: float = 0.25, tokens: int = TOKENS, prose: float = 0.0
+    ) -> list[Sequence]:
+        request = Request(text, tokens, sequences, held_out, prose, 0)
         return corpus.collect(tokenizer, request, folder / "prompts.parquet", folder / "dataset.json", tiny.model)
 
     return run
@@ -121,13 +123,30 @@ def test_a_file_is_cut_and_its_beginning_held_out(make: Make, tmp_path: Path, to
 
 def test_what_is_written_is_read(make: Make, tmp_path: Path) -> None:
     made = make("conversations")
-    corpus.write(made, tmp_path / "corpus.parquet", {"text": "conversations"})
+    corpus.write(made, tmp_path / "corpus.parquet", {"text": "conversations", "prose": 0.0})
     found = corpus.load(tmp_path / "corpus.parquet")
     train, held_out, judged = split(made)
     assert np.array_equal(found.train, [each.input_ids for each in train]) and found.about["text"] == "conversations"
     assert list(found.held_out) == ["conversations", "book"]
     assert np.array_equal(found.held_out["conversations"], [each.input_ids for each in held_out])
     assert np.array_equal(found.held_out["book"], [each.input_ids for each in judged])
+
+
+def test_prose_is_read_as_often_as_its_share_wants(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = book.addresses()[:1]
+    assert addresses[0].name == "ADDRESS 1790. George Washington"
+    short = [book.Chapter(addresses[0].name, addresses[0].text[:200])]
+    monkeypatch.setattr(book, "addresses", lambda: short)
+    made = make("conversations", 20, prose=0.4)
+    prose = [each.input_ids for each in made if each.corpus == "prose"]
+    assert 1 < len(prose) < 8  # all there is, and less than the share of a pass
+    assert {each.document for each in made if each.corpus == "prose"} == {addresses[0].name}
+    corpus.write(made, tmp_path / "corpus.parquet", {"prose": 0.4})
+    found = corpus.load(tmp_path / "corpus.parquet")
+    read = [found.train[row].tolist() in prose for row in found.reading]
+    assert len(read) == 20 and sum(read) == 8
+    counts = [found.reading.tolist().count(row) for row in range(len(found.train))]
+    assert set(counts[:12]) == {1} and max(counts[12:]) - min(counts[12:]) <= 1
 
 
 def test_too_little_text_is_said(make: Make, tmp_path: Path, tokenizer: Any) -> None:
@@ -139,6 +158,6 @@ def test_too_little_text_is_said(make: Make, tmp_path: Path, tokenizer: Any) -> 
     with pytest.raises(UserError, match="is no text"):
         make(str(tmp_path / "bytes.txt"))
     with pytest.raises(UserError, match="needs prompts"):
-        corpus.collect(tokenizer, Request("own", 8, 1, 0.5, 0), None, None, tiny.model)
+        corpus.collect(tokenizer, Request("own", 8, 1, 0.5, 0.0, 0), None, None, tiny.model)
     with pytest.raises(UserError, match="holds no corpus"):
         corpus.load(tmp_path / "none.parquet")

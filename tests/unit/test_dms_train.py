@@ -51,7 +51,7 @@ def corpus() -> Corpus:
     def sequences(count: int, tokens: int) -> np.ndarray:
         return draw.integers(1, 300, (count, tokens)).astype(np.int32)
 
-    return Corpus(sequences(200, TOKENS), {"held": sequences(4, TOKENS + CONTINUATION)}, {})
+    return Corpus(sequences(200, TOKENS), np.arange(200), {"held": sequences(4, TOKENS + CONTINUATION)}, {})
 
 
 def trainer(settings: Retrofit, made: Student | None = None, keep: Any = nothing, save: Any = nothing) -> Trainer:

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     found = some("train", "conversations", 50, TOKENS) + some("held_out", "conversations", 4, TOKENS + CONTINUATION)
     found += some("held_out", "book", 3, TOKENS + CONTINUATION)
-    corpus.write(found, where / "corpus.parquet", {"text": "conversations", "train": 50, "held_out": 7})
+    corpus.write(found, where / "corpus.parquet", {"text": "conversations", "train": 50, "held_out": 7, "prose": 0.0})
     return where
 
 
@@ -197,7 +197,7 @@ def test_a_corpus_job_counts_what_it_found(
     text = _touched(tmp_path / "texts" / "mine.txt")
     text.write_text("the cache keeps what a model has read. " * 300, "utf-8")
     settings = Retrofit(**SETTINGS | {"text": {"path": str(text)}, "steps": 2, "held_out": 0.3})
-    monkeypatch.setattr("kvbench.book.pieces", lambda tokenizer, tokens: iter([("CHAPTER", [1] * tokens)]))
+    monkeypatch.setattr("kvbench.book.pieces", lambda tokenizer, tokens, _: iter([("CHAPTER", [1] * tokens)] * 3))
     output = tmp_path / "corpus.parquet"
     retrofit.make_corpus(job(folder, output), settings, None, None)
     assert "6 sequences of 48 tokens to train on" in capsys.readouterr().out

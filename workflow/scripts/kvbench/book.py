@@ -1,6 +1,7 @@
-"""Real prose that comes with kvbench, so that text that no dataset holds is at hand everywhere: a part of Moby-Dick.
+"""Real prose that comes with kvbench, so that text that no dataset holds is at hand everywhere.
 
-Public domain; where it comes from is said beside it, in ``book/LICENSE.md``.
+A part of Moby-Dick, which is measured on and which nothing is trained on; and addresses of presidents, to train on.
+Public domain; where they come from is said beside them, in ``book/LICENSE.md``.
 """
 
 import re
@@ -16,7 +17,13 @@ DATA = ("book",)
 
 @dataclass(frozen=True)
 class Chapter:
-    """A chapter: ``name`` is its heading ("CHAPTER 1. Loomings."), ``text`` its paragraphs, an empty line between."""
+    """A chapter or an address.
+
+    Attributes
+    ----------
+    name : its heading ("CHAPTER 1. Loomings.", "ADDRESS 1790. George Washington").
+    text : its paragraphs, an empty line between.
+    """
 
     name: str
     text: str
@@ -24,13 +31,23 @@ class Chapter:
 
 @cache
 def chapters() -> list[Chapter]:
-    """The chapters in the book's order; a chapter is the unit of text that others are independent of."""
-    whole = (Path(__file__).parent / "book" / "moby-dick.txt").read_text("utf-8")
-    parts = re.split(r"^(CHAPTER \d+\. .*)$", whole, flags=re.M)[1:]
+    """Moby-Dick's chapters in its order; a chapter is the unit of text that others are independent of."""
+    return _parts("moby-dick.txt", "CHAPTER")
+
+
+@cache
+def addresses() -> list[Chapter]:
+    """The addresses, by year."""
+    return _parts("addresses.txt", "ADDRESS")
+
+
+def _parts(file: str, kind: str) -> list[Chapter]:
+    whole = (Path(__file__).parent / "book" / file).read_text("utf-8")
+    parts = re.split(rf"^({kind} \d+\. .*)$", whole, flags=re.M)[1:]
     return [Chapter(name, text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def pieces(tokenizer: Any, tokens: int) -> Iterator[tuple[str, list[int]]]:
+def pieces(tokenizer: Any, tokens: int, chapters: list[Chapter]) -> Iterator[tuple[str, list[int]]]:
     """(chapter, ids) of exactly ``tokens`` tokens each, none overlapping: a piece of every chapter, then another."""
     start = list(tokenizer("")["input_ids"])  # what the tokenizer puts before any text
     step = tokens - len(start)
@@ -40,7 +57,7 @@ def pieces(tokenizer: Any, tokens: int) -> Iterator[tuple[str, list[int]]]:
         return [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
 
     rest: list[tuple[str, list[list[int]]]] = []
-    for chapter in chapters():
+    for chapter in chapters:
         first, *others = cut(chapter.text) or [[]]
         rest.append((chapter.name, others))
         if first:

@@ -257,6 +257,8 @@ class Retrofit(Strict):
     """What is read: the dataset's `conversations`, the model's `own` sampled answers to its first messages, a file."""
     held_out: float = Field(0.1, gt=0, lt=1)
     """Share of the texts, the first, that is not trained on."""
+    prose: float = Field(0.25, ge=0, lt=1)
+    """Share of the sequences that are prose which comes with kvbench, so that one kind of text is not all."""
     dense_share: float = Field(0.125, ge=0, lt=1)
     """Share of a step's sequences that are read without eviction, so that the model stays itself without it."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None

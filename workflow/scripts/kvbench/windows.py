@@ -89,7 +89,7 @@ def windows(tokenizer: Any, prompts: Path, dataset: Path, request: Request, load
         texts = [(str(row.conversation_id), row.input_ids) for row in islice(others, request.windows)]
         found += _cut("conversations", texts, request)
     if "book" in request.corpora:
-        found += _cut("book", list(islice(book.pieces(tokenizer, tokens), request.windows)), request)
+        found += _cut("book", list(islice(book.pieces(tokenizer, tokens, book.chapters()), request.windows)), request)
     return found
 
 

@@ -8,6 +8,8 @@
 a file's path
     its text, cut into pieces that do not overlap.
 
+With each comes some prose, so that a model is not changed for one kind of text alone.
+
 What is held out comes first: the first texts in rank order (a file's first characters) are those that other stages
 measure on too, so a model is not judged on what it was trained on. A part of a book that no training sees is held out
 besides.
@@ -45,7 +47,8 @@ class Request:
     ----------
     text : ``conversations``, ``own`` or the path of a UTF-8 file.
     tokens : of a sequence.
-    sequences : to train on, at most.
+    sequences : to train on, at most, the prose among them.
+    prose : share of what is trained on that is prose, below 1.
     held_out : share of the texts that is not trained on.
     seed : of the model's own answers.
     """
@@ -54,6 +57,7 @@ class Request:
     tokens: int
     sequences: int
     held_out: float
+    prose: float
     seed: int
 
 
@@ -74,11 +78,13 @@ class Corpus:
     Attributes
     ----------
     train : int32 [sequences, tokens].
+    reading : int64 [one pass], which of them a pass reads: each once, but prose as often as its share wants.
     held_out : for each corpus int32 [sequences, tokens + `CONTINUATION`].
     about : what made it.
     """
 
     train: np.ndarray
+    reading: np.ndarray
     held_out: dict[str, np.ndarray]
     about: dict[str, Any]
 
@@ -105,10 +111,14 @@ def collect(
         found = _own(load(), tokenizer, prompts, request)
     else:
         found = _of_conversations(tokenizer, prompts, dataset, request)
-    judged = book.pieces(tokenizer, request.tokens + CONTINUATION)
+    share = request.prose
+    prose = book.pieces(tokenizer, request.tokens, book.addresses()) if share else iter(())
+    count = round(request.sequences * share)
+    found += [Sequence("train", "prose", address, ids) for address, ids in islice(prose, count)]
+    judged = book.pieces(tokenizer, request.tokens + CONTINUATION, book.chapters())
     found += [Sequence("held_out", "book", chapter, ids) for chapter, ids in islice(judged, HELD_OUT)]
     for split in ("train", "held_out"):
-        if not any(each.split == split and each.corpus != "book" for each in found):
+        if not any(each.split == split and each.corpus not in ("book", "prose") for each in found):
             raise UserError(
                 f"of the text {request.text!r}, nothing is long enough for a sequence of {request.tokens} tokens"
                 f" ({split})",
@@ -132,7 +142,9 @@ class _Taken:
         return "held_out" if place < self.first_trained else "train"
 
     def missing(self, split: str) -> int:
-        return (HELD_OUT if split == "held_out" else self.request.sequences) - len(self.found[split])
+        request = self.request
+        wanted = HELD_OUT if split == "held_out" else request.sequences - round(request.sequences * request.prose)
+        return wanted - len(self.found[split])
 
     def full(self, split: str) -> bool:
         return self.missing(split) <= 0
@@ -274,6 +286,13 @@ def load(path: Path) -> Corpus:
         chosen = table["input_ids"].combine_chunks().take(pa.array(np.flatnonzero(rows)))
         return chosen.flatten().to_numpy().reshape(int(rows.sum()), -1).copy()  # Arrow's own may not be written to
 
-    held_out = split == "held_out"
+    held_out, prose = split == "held_out", corpora[split == "train"] == "prose"
     judged = {name: ids(held_out & (corpora == name)) for name in dict.fromkeys(corpora[held_out])}
-    return Corpus(ids(split == "train"), judged, tables.provenance_of(path))
+    about = tables.provenance_of(path)
+    return Corpus(ids(split == "train"), _reading(prose, about["prose"]), judged, about)
+
+
+def _reading(prose: np.ndarray, share: float) -> np.ndarray:
+    """`Corpus.reading`, from which sequences are prose."""
+    own, some = np.flatnonzero(~prose), np.flatnonzero(prose)
+    return np.concatenate([own, np.resize(some, round(len(own) * share / (1 - share)) if len(some) else 0)])

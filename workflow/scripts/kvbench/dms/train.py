@@ -2,8 +2,8 @@
 
 A step reads a batch of sequences twice. The original gives the distributions to agree with; the model, under soft
 evictions, pays KL(original ‖ model) a token, and a penalty as long as it evicts less than asked. What is asked grows:
-the compression goes from 1 to its goal linearly, over the first part of the run; from then on the evictions harden, until they are
-nearly those of the rule that the model will live under.
+the compression goes from 1 to its goal linearly, over the first part of the run; from then on the evictions harden,
+until they are nearly those of the rule that the model will live under.
 
 The order of the sequences is that of the seed and the step's number, so a run that was killed goes on as if nothing had
 happened.
@@ -96,7 +96,7 @@ class Trainer:
     ) -> None:
         self.student, self.settings, self.keep, self.save = student, settings, keep, save
         self.device = student.model.device
-        self.train = corpus.train
+        self.train, self.reading = corpus.train, corpus.reading
         self.judged = {name: torch.from_numpy(ids).long().to(self.device) for name, ids in corpus.held_out.items()}
         self.rows: list[Row] = []
         self.step, self.steps, self.begun = 0, settings.steps, begun
@@ -179,8 +179,8 @@ class Trainer:
     def _feed(self) -> None:
         """Put what differs from step to step where the step reads it."""
         settings, tokens = self.settings, self.settings.tokens
-        rows = batch_rows(self.step, settings.batch_size, len(self.train), settings.seed)
-        ids = torch.from_numpy(self.train[rows])
+        rows = batch_rows(self.step, settings.batch_size, len(self.reading), settings.seed)
+        ids = torch.from_numpy(self.train[self.reading[rows]])
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # else the host would wait here for the step before
         self.ids.copy_(ids, non_blocking=True)
