@@ -51,7 +51,8 @@ def adapter(folder: Path, made: evict.Heads, architecture: str = "Llama") -> Any
 class Reference:
     """Logits of a sequence, [batch, tokens, vocabulary], and what was decided on the way."""
 
-    def __init__(self, model: Any, made: evict.Heads, ids: torch.Tensor) -> None:
+    def __init__(self, model: Any, made: evict.Heads, ids: torch.Tensor, threshold: float = 0.0) -> None:
+        self.threshold = threshold
         self.decisions: list[torch.Tensor] = []
         REFERENCES.append(self)
         with torch.no_grad(), evict.attached(model, made, "dms_reference"):
@@ -61,11 +62,11 @@ class Reference:
     @property
     def marks(self) -> list[torch.Tensor]:
         """For each layer bool [batch, KV heads, tokens]."""
-        return [evict.shifted(decision) > 0 for decision in self.decisions]
+        return [evict.shifted(decision) > self.threshold for decision in self.decisions]
 
     def clear(self) -> bool:
         """Whether no decision is so close to the border that rounding decides it."""
-        return all(bool((decision.abs() > MARGIN).all()) for decision in self.decisions)
+        return all(bool(((decision - self.threshold).abs() > MARGIN).all()) for decision in self.decisions)
 
 
 REFERENCES: list[Reference] = []
@@ -76,7 +77,9 @@ def attend(module: Any, query: Any, keys: Any, values: Any, *_: Any, scaling: fl
     REFERENCES[-1].decisions.append(decided)
     group = query.shape[1] // keys.shape[1]
     mask = evict.visible(
-        evict.shifted(decided) > 0, dms.heads.window, torch.arange(query.shape[2], device=query.device)
+        evict.shifted(decided) > REFERENCES[-1].threshold,
+        dms.heads.window,
+        torch.arange(query.shape[2], device=query.device),
     )
     keys, values, mask = (part.repeat_interleave(group, 1) for part in (keys, values, mask))
     scores = (query @ keys.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf"))

@@ -113,6 +113,15 @@ def test_everything_but_models_and_methods_has_a_default() -> None:
         ),
         (method("dense"), ["methods.x", "'dense'", "a method is none"]),
         (method({"dms": {"checkpoint": "nvidia/x"}}), ["methods.x.dms", "revision"]),
+        (
+            method({"dms": {"checkpoint": "nvidia/x", "revision": COMMIT, "threshold": 2.0}}),
+            ["methods.x.dms: threshold: 2: a DMS checkpoint decides by its own code"],
+        ),
+        (method({"dms": {"adapter": "a", "threshold": float("nan")}}), ["methods.x.dms.threshold", "nan", "finite"]),
+        (method({"dms": {"adapter": "a", "threshold": float("inf")}}), ["methods.x.dms.threshold", "inf", "finite"]),
+        (method({"dms": {"adapter": "a", "threshold": "2"}}), ["methods.x.dms.threshold", "'2'", "valid number"]),
+        (method({"dms": {"adapter": "a", "treshold": 2.0}}), ["methods.x.dms", "did you mean 'threshold'"]),
+        (method({"press": "KnormPress", "threshold": 2.0}), ["methods.x", "unknown key 'threshold'"]),
         (method({"dms": {}}), ["methods.x.dms", "exactly one of the keys checkpoint, adapter"]),
         (
             changed(workloads={"w": {"batch_size": 0}}),
@@ -197,6 +206,27 @@ def test_an_adapter_is_checked_before_anything_runs(tmp_path: Path, monkeypatch:
     Path("mine", layout.LORA).touch()
     with pytest.raises(UserError, match="has adapter_model.safetensors without its other half"):
         config.load(asked)
+
+
+def test_a_threshold_is_part_of_a_method_only_where_it_is_not_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", layout.HEADS).write_bytes(b"heads")
+    asked = {f"t{value}": {"dms": {"adapter": "mine", "threshold": value}} for value in (0, -0.0, 2, -1.5)}
+    loaded = config.load(changed(methods={"usual": {"dms": {"adapter": "mine"}}} | asked))
+    usual: Any = grid.method_spec(loaded, "usual")
+    assert grid.method_spec(loaded, "t0") == grid.method_spec(loaded, "t-0.0") == usual
+    for name, value in (("t2", 2.0), ("t-1.5", -1.5)):
+        assert grid.method_spec(loaded, name) == {"dms": usual["dms"] | {"threshold": value}}
+    resolved: Any = grid.plan(loaded)["config"]
+    assert resolved["methods"]["t2"]["dms"]["threshold"] == 2.0
+
+
+def test_a_dms_checkpoints_spec_has_no_threshold() -> None:
+    spec: Any = grid.method_spec(config.load(dms_config("all")), "dms")
+    assert "threshold" not in spec["dms"] and spec["dms"]["revision"] == COMMIT
 
 
 def test_an_adapter_that_is_not_here_may_come_with_kvbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,13 @@ def test_its_method_runs_on_its_model_alone_and_names_the_adapters_folder() -> N
     assert grid.method_spec(found, "mine") == {"dms": {"adapter": "out/retrofit/m-4x/adapter"}}
 
 
+def test_one_retrofit_serves_several_thresholds() -> None:
+    methods = GIVEN["methods"] | {"more": {"dms": {"retrofit": "m-4x", "threshold": 2.5}}}
+    found = config.load(changed(methods=methods))
+    assert grid.method_spec(found, "mine") == {"dms": {"adapter": "out/retrofit/m-4x/adapter"}}
+    assert grid.method_spec(found, "more") == {"dms": {"adapter": "out/retrofit/m-4x/adapter", "threshold": 2.5}}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

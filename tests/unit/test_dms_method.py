@@ -13,6 +13,7 @@ from kvbench import engines, measure, methods, rows
 from kvbench.cache import cache_bytes, full_cache_bytes
 from kvbench.decode import generate, prefill
 from kvbench.dms import evict
+from kvbench.dms.method import Dms
 from kvbench.errors import Unsupported
 from kvbench.kept import kept
 from kvbench.nvml import Watch
@@ -30,15 +31,15 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def method(adapter: Path) -> methods.Dense:
-    return methods.build({"dms": {"adapter": str(adapter), "checkpoint": None, "revision": None}})
+def method(adapter: Path, **options: Any) -> methods.Dense:
+    return methods.build({"dms": {"adapter": str(adapter), "checkpoint": None, "revision": None, **options}})
 
 
-def by_the_rule(model: Any, ids: torch.Tensor, new_tokens: int) -> list[list[int]]:
+def by_the_rule(model: Any, ids: torch.Tensor, new_tokens: int, threshold: float = 0.0) -> list[list[int]]:
     """Greedy tokens, each from a forward pass over the whole sequence."""
     heads, found = dms_reference.heads(0.3, WINDOW), ids
     for _ in range(new_tokens):
-        logits = dms_reference.Reference(model, heads, found).logits
+        logits = dms_reference.Reference(model, heads, found, threshold).logits
         found = torch.cat([found, logits[:, -1:].argmax(-1)], 1)
     return found[:, ids.shape[1] :].tolist()
 
@@ -53,6 +54,26 @@ def test_hf_and_graph_decode_by_the_rule(architecture: str, adapter: Path) -> No
         engine = engines.engine(name, ids.device)
         assert engine.generate(model, ids, dms, 30, nothing, nothing).tokens.tolist() == expected
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("threshold", "keeps_more"), [(60.0, True), (-60.0, False)])
+def test_a_threshold_evicts_what_has_a_logit_above_it(threshold: float, keeps_more: bool, adapter: Path) -> None:
+    model, ids, plain = copy.deepcopy(tiny.model()), tiny.ids(3, 90), dms_reference.heads(0.3, WINDOW)
+    expected = dms_reference.Reference(model, plain, ids, threshold)
+    tokens = by_the_rule(model, ids, 20, threshold)
+    _, usual = prefill(copy.deepcopy(model), ids, method(adapter))
+    dms = method(adapter, threshold=threshold)
+    _, cache = prefill(model, ids, dms)
+    assert expected.clear() and (cache.kept_fraction() > usual.kept_fraction()) is keeps_more
+    for layer, marked in zip(cache.layers, expected.marks, strict=True):
+        assert layer.lengths.tolist() == evict.visible(marked, WINDOW, torch.tensor([89])).sum((2, 3)).tolist()
+    assert isinstance(dms, Dms)
+    found = dms_reference.Reference(copy.deepcopy(tiny.model()), dms.heads(model), ids)
+    for marked, logits in zip(found.marks, expected.decisions, strict=True):
+        assert torch.equal(marked[..., :-1], logits[..., 1:] > threshold)
+    for name in ("hf", "graph"):
+        engine = engines.engine(name, ids.device)
+        assert engine.generate(model, ids, dms, 20, nothing, nothing).tokens.tolist() == tokens
 
 
 def test_buffers_are_used_again_and_leave_no_trace_of_the_run_before(adapter: Path) -> None:

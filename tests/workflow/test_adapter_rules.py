@@ -36,11 +36,11 @@ class Run:
             "short": {"batch_size": 2, "prompt_tokens": WINDOW, "new_tokens": 4},
             "long": {"batch_size": 2, "prompt_tokens": 60, "new_tokens": 20},
         }
-        config = tinyrun.make(self.folder, methods=METHODS, workloads=workloads, **changes)
+        config = tinyrun.make(self.folder, **{"methods": METHODS, "workloads": workloads} | changes)
         return snakemake(ROOT, self.folder, config, *arguments)
 
-    def plan(self) -> dict[str, int]:
-        done = self.call("--dry-run")
+    def plan(self, **changes: Any) -> dict[str, int]:
+        done = self.call("--dry-run", **changes)
         assert done.status == 0, done.output
         return done.jobs
 
@@ -129,6 +129,17 @@ def test_an_adapter_of_another_place_reruns_its_variant_only(run: Run) -> None:
     finally:
         shutil.rmtree(mine)
         kept.replace(mine)
+
+
+def test_a_threshold_reaches_the_method_and_reruns_its_variant_only(run: Run) -> None:
+    moved = {"dms": {"adapter": "adapters/mine", "threshold": 60.0}}
+    assert run.plan(methods=METHODS | {"dms": moved}) == OWN | AFTER | {"plan": 1}
+    done = run.call("--", "results/prefill/tiny/more/long.json", methods=METHODS | {"more": moved})
+    assert done.status == 0 and done.jobs == {"prefill": 1}, done.output
+    made = [run.folder / f"results/prefill/tiny/{name}/long.json" for name in ("dms", "more")]
+    usual, more = (json.loads(path.read_text("utf-8"))["repeats"][0]["kept_fraction"] for path in made)
+    assert more > usual + 0.05 and '"threshold": 60.0' in made[1].read_text("utf-8")
+    assert run.plan() == {}
 
 
 def test_a_missing_file_is_one_error_before_any_job(run: Run) -> None:

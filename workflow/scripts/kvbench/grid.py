@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvbench import files
 from kvbench.config import Config
 from kvbench.dms import layout
-from kvbench.options import DmsMethod, PressMethod
+from kvbench.options import Dms, DmsMethod, PressMethod
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,24 @@ def cells(config: Config) -> list[Cell]:
 def method_spec(config: Config, method: str) -> dict[str, object]:
     """A method as plain JSON values: ``{}`` for none, ``{"press": …, "args": …}`` or ``{"dms": {…}}``.
 
-    A press has ``kept_tokens`` only where it is set, so that results without it stay what they are. A retrofit is named
-    by the folder of its adapter, another adapter also by the hashes of its ``files``.
+    A press has ``kept_tokens`` and an adapter ``threshold`` only where it is set, so that results without it stay what
+    they are. A retrofit is named by the folder of its adapter, another adapter also by the hashes of its ``files``.
     """
     spec = config.methods[method]
-    if isinstance(spec, DmsMethod) and spec.dms.retrofit is not None:
-        return {"dms": {"adapter": adapter_folder(config, spec.dms.retrofit)}}
-    if isinstance(spec, DmsMethod) and spec.dms.adapter is not None:
-        hashes = {path.name: files.sha256(path) for path in layout.contents(spec.dms.adapter)}
-        return {"dms": {"adapter": str(spec.dms.adapter), "files": hashes}}
-    dumped = spec.model_dump(mode="json") if isinstance(spec, PressMethod | DmsMethod) else {}
+    if isinstance(spec, DmsMethod):
+        return {"dms": _dms_spec(config, spec.dms)}
+    dumped = spec.model_dump(mode="json") if isinstance(spec, PressMethod) else {}
     return {key: value for key, value in dumped.items() if value is not None}
+
+
+def _dms_spec(config: Config, dms: Dms) -> dict[str, object]:
+    threshold = {"threshold": dms.threshold} if dms.threshold else {}
+    if dms.retrofit is not None:
+        return {"adapter": adapter_folder(config, dms.retrofit), **threshold}
+    if dms.adapter is not None:
+        hashes = {path.name: files.sha256(path) for path in layout.contents(dms.adapter)}
+        return {"adapter": str(dms.adapter), "files": hashes, **threshold}
+    return dms.model_dump(mode="json", exclude={"threshold"})
 
 
 def adapter_folder(config: Config, retrofit: str) -> str:

@@ -198,7 +198,7 @@ def build(spec: dict[str, Any]) -> Dense:
         from kvbench.dms import layout
         from kvbench.dms.method import Dms
 
-        return Dms(layout.find(Path(spec["dms"]["adapter"])))
+        return Dms(layout.find(Path(spec["dms"]["adapter"])), spec["dms"].get("threshold", 0.0))
     return Press(spec) if "press" in spec else Dense()
 
 

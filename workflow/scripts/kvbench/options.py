@@ -185,6 +185,8 @@ class Dms(Strict):
     """Folder of an adapter with eviction heads for the variant's model; kvbench's own where there is no such one."""
     retrofit: str | None = None
     """Name of a retrofit in this config; the variant's model must be the one that it is of."""
+    threshold: float = Field(0.0, allow_inf_nan=False)
+    """Of an adapter or a retrofit: the logit above which a head evicts; above 0 more is kept, below 0 less."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Dms":
@@ -192,6 +194,13 @@ class Dms(Strict):
             raise PydanticCustomError("dms", "dms has exactly one of the keys checkpoint, adapter, retrofit")
         if self.checkpoint is not None and self.revision is None:
             raise PydanticCustomError("dms", "a DMS checkpoint needs the key 'revision', a full commit hash")
+        if self.checkpoint is not None and self.threshold:
+            raise PydanticCustomError(
+                "dms",
+                "threshold: {threshold}: a DMS checkpoint decides by its own code, which takes none; only an adapter"
+                " or a retrofit has a threshold",
+                {"threshold": f"{self.threshold:g}"},
+            )
         return self
 
 

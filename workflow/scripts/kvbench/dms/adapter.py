@@ -9,17 +9,18 @@ from kvbench.dms import evict, layout
 from kvbench.errors import UserError
 
 
-def load(model: Any, folder: Path) -> evict.Heads:
+def load(model: Any, folder: Path, threshold: float = 0.0) -> evict.Heads:
     """Read an adapter, and change the model's weights for good: by its LoRA, or to its own, where it has either.
 
     Parameters
     ----------
     model : the base model that the adapter was trained for, on its device; it is changed in place.
     folder : holds eviction heads and perhaps a LoRA or all the weights, under the names of `layout`.
+    threshold : the logit above which a head evicts as it was trained; above 0 more is kept, below 0 less.
 
     Returns
     -------
-    The heads, on the model's device.
+    The heads, on the model's device, with the threshold in their bias: theirs is 0 again.
 
     Raises
     ------
@@ -34,6 +35,7 @@ def load(model: Any, folder: Path) -> evict.Heads:
         _merge(model, folder)
     if (folder / layout.WHOLE).is_file():
         _replace(model, folder / layout.WHOLE)
+    heads.bias.sub_(threshold / evict.SCALE)
     return heads.to(model.device)
 
 

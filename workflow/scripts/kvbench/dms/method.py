@@ -23,14 +23,16 @@ class Dms(Dense):
     ----------
     folder : of an adapter; `adapter.load` says what is in it. It is merged into the first model that this method
         runs on, and stays.
+    threshold : the logit above which a head evicts.
     """
 
     compresses = True
     acts_while_decoding = True
     changes_model = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, threshold: float = 0.0) -> None:
         self.folder = folder
+        self.threshold = threshold
         self._model: Any = None
         self._heads: evict.Heads | None = None
 
@@ -43,7 +45,7 @@ class Dms(Dense):
         """
         if self._heads is None or self._model is not model:
             packed.check(model)
-            self._heads = adapter.load(model, self.folder)
+            self._heads = adapter.load(model, self.folder, self.threshold)
             evict.attach(model, self._heads)
             self._model = model
         return self._heads
