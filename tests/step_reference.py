@@ -8,7 +8,8 @@ from kvbench.packed import PackedLayer
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    high = x if x.dtype == torch.float64 else x.float()
+    scaled = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
     return weight * scaled.to(x.dtype)
 
 
