@@ -268,23 +268,23 @@ class Retrofit(Strict):
     """Share of the texts, the first, that is not trained on."""
     prose: float = Field(0.25, ge=0, lt=1)
     """Share of the sequences that are prose which comes with kvbench, so that one kind of text is not all."""
-    dense_share: float = Field(0.125, ge=0, lt=1)
+    dense_share: float = Field(0.1875, ge=0, lt=1)
     """Share of a step's sequences that are read without eviction, so that the model stays itself without it."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Of the weights; null: 0.001 for a LoRA, 0.0001 for the whole model."""
     head_learning_rate: float = Field(2e-3, gt=0)
     """Of the eviction heads."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(0.6, gt=0)
     """Of the soft evictions while the compression asked for grows."""
     last_temperature: float = Field(0.03, gt=0)
     """That of the last step, to which it falls from there."""
     penalty: float = Field(10.0, gt=0)
     """Weight of the penalty for evicting less than asked, in nats."""
-    ramp: float = Field(0.7, gt=0, le=1)
+    ramp: float = Field(0.5, gt=0, le=1)
     """Share of the steps in which the compression asked for grows from 1 to `cr`."""
     evaluations: int = Field(12, ge=1)
     """How many times the model is judged on held-out texts on the way."""
-    checkpoint_steps: int = Field(100, ge=1)
+    checkpoint_steps: int = Field(500, ge=1)
     """Steps after which the state is saved, from which a killed run goes on."""
     seed: int = Field(0, ge=0)
     """Seed of the LoRA and of the sequences' order."""
