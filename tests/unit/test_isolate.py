@@ -107,3 +107,10 @@ def test_without_a_server_a_job_forks_by_itself(tmp_path: Path) -> None:
     (tmp_path / ("x" * 120)).mkdir()  # too long a path for a socket
     start(tmp_path, "sys.exit(0)", env).communicate(timeout=120)
     assert (tmp_path / "pid").exists()
+
+
+def test_work_that_is_not_shared_starts_no_server(tmp_path: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(tmp_path)}
+    program = "from kvbench.isolate import isolated; isolated(lambda: print('done'), died=print, shared=False)"
+    made = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
+    assert made.stdout == "done\n" and not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ def written(folder: Path) -> dict[str, Any]:
 
 def test_the_rates_of_a_device_are_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a fork of a process that has used OpenMP's threads may hang in its next product
-    monkeypatch.setattr(rates, "isolated", lambda work, died: work())
+    monkeypatch.setattr(rates, "isolated", lambda work, died, shared: work())
     found = written(tmp_path)
     name = device.describe(CPU)["device"]
     assert set(found["rates"]) == {name} and found["status_reason"] is None

@@ -12,12 +12,13 @@ from kvbench import warm
 _ASKED_TO_STOP = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
-def isolated(work: Callable[[], None], died: Callable[[str], None]) -> None:
+def isolated(work: Callable[[], None], died: Callable[[str], None], shared: bool = True) -> None:
     """Run ``work`` in a forked child; if a signal that nobody sent on purpose kills it, call ``died`` with a reason.
 
     Call it before torch is imported: the fork is then free, and the parent stays small enough to outlive the
     kernel's out-of-memory killer. Within a run the child comes from the run's `warm` server, where the script starts
-    anew and gets here again. An interrupt or a scheduler's time limit ends both and leaves no row.
+    anew and gets here again; work that needs few of the libraries is done sooner without, by ``shared=False``. An
+    interrupt or a scheduler's time limit ends both and leaves no row.
     """
     if os.environ.get(warm.CHILD):
         work()
@@ -35,7 +36,7 @@ def isolated(work: Callable[[], None], died: Callable[[str], None]) -> None:
         for number in _ASKED_TO_STOP:
             signal.signal(number, stop)
 
-    status = warm.run_again(pass_on)
+    status = warm.run_again(pass_on) if shared else None
     if status is None:
         status = _forked(work, pass_on)
     if asked:

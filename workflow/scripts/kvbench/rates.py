@@ -49,7 +49,8 @@ def write(output: Path, provenance: dict[str, Any]) -> None:
             except (RuntimeError, MemoryError) as error:  # torch's own OutOfMemoryError is a RuntimeError
                 record({}, f"{type(error).__name__}: {str(error)[:500]}", facts)
 
-    isolated(lambda: cli(child), died=lambda reason: record({}, reason, {}))
+    # torch alone is imported while the run's server still imports the rest: the device has nothing else to do then
+    isolated(lambda: cli(child), died=lambda reason: record({}, reason, {}), shared=False)
 
 
 def measure(device: Any) -> dict[str, Any]:
