@@ -60,6 +60,11 @@ class Request:
     prose: float
     seed: int
 
+    @property
+    def prose_sequences(self) -> int:
+        """How many of the sequences are prose, at most."""
+        return round(self.sequences * self.prose)
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -111,10 +116,8 @@ def collect(
         found = _own(load(), tokenizer, prompts, request)
     else:
         found = _of_conversations(tokenizer, prompts, dataset, request)
-    share = request.prose
-    prose = book.pieces(tokenizer, request.tokens, book.addresses()) if share else iter(())
-    count = round(request.sequences * share)
-    found += [Sequence("train", "prose", address, ids) for address, ids in islice(prose, count)]
+    prose = islice(book.pieces(tokenizer, request.tokens, book.addresses()), request.prose_sequences)
+    found += [Sequence("train", "prose", address, ids) for address, ids in prose]
     judged = book.pieces(tokenizer, request.tokens + CONTINUATION, book.chapters())
     found += [Sequence("held_out", "book", chapter, ids) for chapter, ids in islice(judged, HELD_OUT)]
     for split in ("train", "held_out"):
@@ -143,7 +146,7 @@ class _Taken:
 
     def missing(self, split: str) -> int:
         request = self.request
-        wanted = HELD_OUT if split == "held_out" else request.sequences - round(request.sequences * request.prose)
+        wanted = HELD_OUT if split == "held_out" else request.sequences - request.prose_sequences
         return wanted - len(self.found[split])
 
     def full(self, split: str) -> bool:
