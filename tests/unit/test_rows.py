@@ -1,5 +1,6 @@
 """A batch of prompts of different lengths gives each the tokens that it gets alone, for every method."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,13 +83,32 @@ def test_a_batch_of_different_lengths_equals_its_rows_alone(name: str, ratio: fl
 @pytest.mark.parametrize("name", ["LeverageScorePress", "CompactorPress", "RandomPress", "chunk-kv", "critical-adakv"])
 def test_methods_whose_rows_depend_on_one_another_take_one_prompt_at_a_time(name: str) -> None:
     method = methods.build(METHODS[name](0.5))
-    assert rows.equal_lengths([(70,), (70,), (80,)], method) == [[0], [1], [2]]
+    assert rows.equal_lengths([(70,), (70,), (80,)], method, 16_384) == [[0], [1], [2]]
 
 
 def test_prompts_of_equal_lengths_share_a_batch_of_bounded_size() -> None:
     shapes = [(70,), (80,), (70,), (5000, 20), (20, 5000), *[(5000, 20)] * 4]
-    groups = rows.equal_lengths(shapes, methods.Dense())
+    groups = rows.equal_lengths(shapes, methods.Dense(), 16_384)
     assert groups == [[0, 2], [1], [3, 5, 6], [7, 8], [4]]
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(0.01, 16_384), (40, 32_768), (80, 65_536)])
+def test_a_gpu_reads_as_many_tokens_together_as_its_memory_has_room_for(
+    gib: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+    text = SimpleNamespace(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=1000, model_type="qwen3")
+    card = SimpleNamespace(total_memory=16 * 2**30 + int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    model = SimpleNamespace(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        config=SimpleNamespace(get_text_config=lambda: text),
+        get_memory_footprint=lambda: 16 * 2**30,
+    )
+    assert rows.tokens_at_once(model) == expected
+    del text.hidden_size
+    assert rows.tokens_at_once(model) == 16_384  # a model whose sizes are not known
 
 
 def test_a_prompt_draws_the_same_wherever_it_stands_and_leaves_the_callers_numbers_alone() -> None:

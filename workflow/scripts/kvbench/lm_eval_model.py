@@ -22,7 +22,7 @@ from kvbench.decode import continue_from, prefill
 from kvbench.errors import Unsupported, UserError
 from kvbench.kept import Kept, kept
 from kvbench.methods import Dense
-from kvbench.rows import equal_lengths
+from kvbench.rows import equal_lengths, tokens_at_once
 
 NEW_TOKENS = 256
 """Most tokens of an answer where a task does not say."""
@@ -134,7 +134,8 @@ class CompressedLM(TemplateLM):
         """
         prompts = [self._prompt(*request.args) for request in requests]
         texts = [""] * len(prompts)
-        groups = equal_lengths([(len(prompt.first), len(prompt.rest)) for prompt in prompts], self.method)
+        shapes = [(len(prompt.first), len(prompt.rest)) for prompt in prompts]
+        groups = equal_lengths(shapes, self.method, tokens_at_once(self.model))
         for group in tqdm(groups, desc="generate", unit="batch", disable=disable_tqdm):
             for place, tokens in zip(group, self._answers([prompts[place] for place in group]), strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -11,7 +11,7 @@ from kvbench.decode import answer, prefill
 from kvbench.haystack import Prompt
 from kvbench.kept import Kept, kept
 from kvbench.methods import Dense
-from kvbench.rows import equal_lengths, until_end
+from kvbench.rows import equal_lengths, tokens_at_once, until_end
 
 
 def answers(
@@ -33,7 +33,7 @@ def answers(
     stop = end_ids(model, tokenizer)
     parts = [_parts(prompt, query_aware) for prompt in prompts]
     found: list[dict[str, Any]] = [{} for _ in prompts]
-    for group in equal_lengths([(len(first), len(rest)) for first, rest in parts], Dense()):
+    for group in equal_lengths([(len(first), len(rest)) for first, rest in parts], Dense(), tokens_at_once(model)):
         first, rest = (torch.tensor([parts[i][part] for i in group], device=model.device) for part in (0, 1))
         longest = max(prompts[i].new_tokens for i in group)
         for i, (tokens, state) in zip(group, _batch(model, method, first, rest, longest, stop), strict=True):

@@ -13,12 +13,16 @@ import torch
 from tqdm import tqdm
 
 from kvbench import decode, engines, packed
+from kvbench.architecture import Architecture, describe
 from kvbench.errors import Unsupported
 from kvbench.kept import kept
 from kvbench.methods import Dense
 
-TOKENS_AT_ONCE = 16_384
-"""Prompt tokens of a batch, at most, unless one prompt has more."""
+TOKENS_AT_ONCE = {"cpu": 16_384, "cuda": 65_536}
+"""Prompt tokens of a batch by the kind of device, at most, unless one prompt has more."""
+
+SHARE_OF_MEMORY = 0.25
+"""How much of what a GPU's memory holds besides the weights a batch's cache and activations may take."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def generate_rows(
     In the prompts' order, the new tokens of each, or why the method refuses it (shorter than its window, say).
     """
     found: dict[int, Row | Unsupported] = {}
-    groups = equal_lengths([(len(prompt),) for prompt in prompts], method)
+    at_once = tokens_at_once(model)
+    groups = equal_lengths([(len(prompt),) for prompt in prompts], method, at_once)
     waiting: list[_Prefilled] = []
     joins = _joins(model, method)
     for group in tqdm(groups, desc="prompts", unit="batch", mininterval=1.0):
@@ -62,19 +67,40 @@ def generate_rows(
                 found |= _answered(group, tokens, stop, state.simulated)
         except Unsupported as error:
             found |= dict.fromkeys(group, error)
-        if sum(len(each.places) * each.length for each in waiting) >= TOKENS_AT_ONCE:
+        if sum(len(each.places) * each.length for each in waiting) >= at_once:
             found |= _together(model, method, waiting, new_tokens, stop)
             waiting = []
     found |= _together(model, method, waiting, new_tokens, stop)
     return [found[place] for place in range(len(prompts))]
 
 
-def equal_lengths(shapes: Sequence[tuple[int, ...]], method: Dense) -> list[list[int]]:
+def tokens_at_once(model: Any) -> int:
+    """Prompt tokens that may be read together: on a GPU a power of two that its memory has room for.
+
+    It follows from the card's size and not from what is free, so that batches, and with them the rounding of their
+    sums, are the same in every run.
+    """
+    most, least = TOKENS_AT_ONCE[model.device.type], TOKENS_AT_ONCE["cpu"]
+    if model.device.type == "cpu":
+        return most
+    try:
+        sizes = Architecture.of(describe(model.config))
+    except Unsupported:
+        return least
+    # a layer's activations live one layer at a time: the hidden states, and what gate, up and their product hold
+    numbers = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim + 8 * sizes.hidden + 3 * sizes.intermediate
+    room = torch.cuda.get_device_properties(model.device).total_memory - model.get_memory_footprint()
+    fits = int(SHARE_OF_MEMORY * room / (numbers * model.dtype.itemsize))
+    return min(most, max(least, 1 << max(fits, 1).bit_length() - 1))
+
+
+def equal_lengths(shapes: Sequence[tuple[int, ...]], method: Dense, at_once: int) -> list[list[int]]:
     """Places of the prompts that may share a batch.
 
     Parameters
     ----------
     shapes : the lengths of each prompt's parts, or of the whole: what shares a batch has the same.
+    at_once : tokens of a batch, `tokens_at_once`.
 
     Returns
     -------
@@ -85,7 +111,7 @@ def equal_lengths(shapes: Sequence[tuple[int, ...]], method: Dense) -> list[list
         alike.setdefault(shape, []).append(place)
     groups = []
     for shape, places in alike.items():
-        rows = max(1, TOKENS_AT_ONCE // max(1, sum(shape))) if method.rows_are_independent else 1
+        rows = max(1, at_once // max(1, sum(shape))) if method.rows_are_independent else 1
         groups += [places[i : i + rows] for i in range(0, len(places), rows)]
     return groups
 
