@@ -60,7 +60,6 @@ def test_event_times_are_ordered_and_within_the_hosts(setting: Any) -> None:
     rows = measure.generation_standard(model, batch, methods.Dense(), effort, engine, watch)["repeats"]
     elapsed = time.perf_counter() - start
     assert 0 < sum(row["total_s"] for row in rows) < elapsed
-    assert rows[0]["tokens_sha256"] == rows[1]["tokens_sha256"]
     for row in rows:
         assert row["sm_clock_mhz"] > 0 and row["power_w"] > 0 and row["throttled"] is not None
         assert row["token_times_s"] == sorted(row["token_times_s"]) and len(row["token_times_s"]) == 100

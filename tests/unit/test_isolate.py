@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvbench import isolate
+from kvbench import isolate, warm
+
+LIBRARY = {"PYTHONPATH": str(Path(isolate.__file__).parents[1])}
 
 PROGRAM = """
 import os, signal, sys, time
@@ -33,7 +35,7 @@ def env(request: pytest.FixtureRequest) -> dict[str, str]:
 def start(folder: Path, body: str, env: dict[str, str]) -> subprocess.Popen[str]:
     program = folder / "program.py"
     program.write_text(PROGRAM.format(here=str(folder), body=body))
-    env = env | {"PYTHONPATH": str(Path(isolate.__file__).parents[1])}
+    env = env | LIBRARY
     return subprocess.Popen([sys.executable, str(program)], stdout=-1, stderr=-1, text=True, env=env)
 
 
@@ -114,3 +116,21 @@ def test_work_that_is_not_shared_starts_no_server(tmp_path: Path) -> None:
     program = "from kvbench.isolate import isolated; isolated(lambda: print('done'), died=print, shared=False)"
     made = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=60)
     assert made.stdout == "done\n" and not list(tmp_path.iterdir())
+
+
+def test_a_server_that_was_started_before_there_was_a_job_serves_the_first(tmp_path: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(tmp_path)}
+    begin = [sys.executable, "-c", "from kvbench import warm; warm.begin(); warm.begin()"]
+    subprocess.run(begin, env=env | LIBRARY, check=True, timeout=60)
+    (listening,) = (path for path in tmp_path.iterdir() if path.is_socket())
+    before = listening.stat().st_ino
+    start(tmp_path, "Path(sys.argv[0] + '.seen').write_text(str('torch' in sys.modules))", env).communicate(timeout=120)
+    assert (tmp_path / "program.py.seen").read_text() == "True"
+    assert listening.stat().st_ino == before
+
+
+def test_without_a_run_no_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(warm.RUN, raising=False)
+    monkeypatch.setattr(warm.tempfile, "gettempdir", lambda: str(tmp_path))
+    warm.begin()
+    assert not list(tmp_path.iterdir())

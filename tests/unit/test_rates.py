@@ -46,6 +46,18 @@ def test_the_rates_of_a_device_are_under_its_name(tmp_path: Path, monkeypatch: p
     assert read.matmul_flops_per_s["float32"] == found["rates"][name]["matmul"]["float32"]["flops_per_s"]
 
 
+def test_beside_a_gpu_the_libraries_of_the_run_are_imported_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(rates, "isolated", lambda work, died, shared: None)
+    monkeypatch.setattr(rates.warm, "begin", lambda: begun.append(1))
+    for driver in (tmp_path / "none", tmp_path):
+        monkeypatch.setattr(rates, "DRIVER", driver)
+        rates.write(tmp_path / "rates.json", {})
+    assert begun == [1]
+
+
 def test_a_rate_is_the_amount_over_the_median_time() -> None:
     found = rates._rate("bytes", 100, [1.0, 4.0, 2.0])
     assert found == {"bytes_per_s": 50, "bytes_per_s_low": 25, "bytes_per_s_high": 100, "repeats": 3}

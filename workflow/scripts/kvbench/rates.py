@@ -1,12 +1,13 @@
 """What a device does at best: bytes copied within its memory a second, and operations of a dense matrix product."""
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kvbench import files
+from kvbench import files, warm
 from kvbench.errors import cli
 from kvbench.isolate import isolated
 from kvbench.provenance import versions
@@ -26,6 +27,9 @@ PRODUCT_S = 0.15
 """A matrix product may take so long; smaller matrices are taken where the dtype is slow."""
 
 REPEATS = 7
+
+DRIVER = Path("/dev/nvidiactl")
+"""Where there is an NVIDIA GPU."""
 
 
 def write(output: Path, provenance: dict[str, Any]) -> None:
@@ -49,7 +53,8 @@ def write(output: Path, provenance: dict[str, Any]) -> None:
             except (RuntimeError, MemoryError) as error:  # torch's own OutOfMemoryError is a RuntimeError
                 record({}, f"{type(error).__name__}: {str(error)[:500]}", facts)
 
-    # torch alone is imported while the run's server still imports the rest: the device has nothing else to do then
+    if DRIVER.exists():  # the measurements' libraries are imported meanwhile; on a CPU that would slow what is measured
+        warm.begin()
     isolated(lambda: cli(child), died=lambda reason: record({}, reason, {}), shared=False)
 
 
@@ -90,8 +95,12 @@ def _matmul(device: Any, name: str) -> dict[str, Any]:
         return lambda: torch.mm(rows, weights.t(), out=out)
 
     size, step = 256, product(256)
-    while size < LARGEST[device.type] and 8 * min(_runs(device, step, 2)) < PRODUCT_S:
-        size *= 2
+    while size < LARGEST[device.type]:
+        # a product of matrices twice as large takes at most eight times as long
+        doublings = int(math.log2(max(1.0, PRODUCT_S / min(_runs(device, step, 2)))) / 3)
+        if doublings < 1:
+            break
+        size = min(LARGEST[device.type], size << doublings)
         step = product(size)
     return _rate("flops", 2 * size**3, _times(device, step)) | {"size": size}
 

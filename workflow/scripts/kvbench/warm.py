@@ -79,6 +79,13 @@ def run_again(started: Callable[[int], None]) -> int | None:
     return int(status) if status else signal.SIGKILL  # a server that is killed takes its children with it
 
 
+def begin() -> None:
+    """Start this run's server, if there is none, so that it has imported when the first job comes."""
+    if os.environ.get(RUN):
+        with contextlib.suppress(OSError):
+            _connection().close()
+
+
 def _connection() -> socket.socket:
     """A connection to the server of this run, which is started if there is none."""
     path = _path()
@@ -154,8 +161,11 @@ class Server:
             path.unlink(missing_ok=True)
 
     def begin(self, connection: socket.socket) -> None:
-        """Fork a child for the job that a connection brings."""
+        """Fork a child for the job that a connection brings, if it brings one."""
         header, fds, _, _ = socket.recv_fds(connection, 8, 2)
+        if not header:
+            connection.close()
+            return
         job = json.loads(_exactly(connection, int.from_bytes(header, "big")))
         child = os.fork()
         if child == 0:
