@@ -1,5 +1,6 @@
 """When repeats end, and which of them count."""
 
+import hashlib
 from itertools import cycle
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from kvbench import energy, engines, measure, methods
+from kvbench import decode, energy, engines, measure, methods
 from kvbench.intervals import noise
 from kvbench.measure import Effort
 from kvbench.nvml import Watch
@@ -67,3 +68,13 @@ def test_a_packed_engine_can_decode_the_same_again() -> None:
     assert isinstance(engine, engines.Packed) and engine.state is not None
     assert engine.state.tokens.tolist() == first.tokens.tolist()
     assert engines.engine("hf", torch.device("cpu")).again() is None
+
+
+def test_in_the_articles_way_an_unpadded_prompt_may_hold_the_paddings_id() -> None:
+    model, ids = tiny.model(), tiny.ids(2, 30)
+    before = model.generation_config.to_dict()
+    batch = measure.Batch(ids, None, 6, int(ids[0, 12]))
+    (run,) = measure.generation_article(model, batch, methods.Dense(), Effort(1, 1, 0.05, 1))["repeats"]
+    model.generation_config.update(**before)
+    tokens = decode.generate(model, ids, methods.Dense(), 6).tokens
+    assert run["tokens_sha256"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()

@@ -179,14 +179,16 @@ def generation_article(model: Any, batch: Batch, method: Dense, effort: Effort) 
     memory = devices.memory_meter(batch.input_ids.device)
     settings = model.generation_config
     settings.pad_token_id, settings.eos_token_id, settings.do_sample = batch.pad_token_id, None, False
-    mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+    mask = batch.attention_mask
+    if mask is None:  # left to itself, transformers infers a mask wherever a prompt holds the padding's id
+        mask = torch.ones_like(batch.input_ids)
 
     def run() -> Record:
         _clean(memory)
         with torch.no_grad(), method.everywhere(model):
             start = time.time()
             tokens = model.generate(
-                batch.input_ids, **mask, max_new_tokens=batch.new_tokens, generation_config=settings
+                batch.input_ids, attention_mask=mask, max_new_tokens=batch.new_tokens, generation_config=settings
             )
             _synchronize(batch.input_ids.device)
             total = time.time() - start
