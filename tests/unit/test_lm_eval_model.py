@@ -39,6 +39,7 @@ PAIRS = [
     ("it writes\nQuestion: what writes\nQuestion: and reads\nAnswer: ", "a model"),
     ("", "a press throws"),
     (TEXT * 8 + "Question: too long?", " it is cut"),
+    (TEXT * 8 + "Question: too long?", " it"),
 ]
 UNTIL = {"until": ["the", "again"], "max_gen_toks": 16, "do_sample": False}
 
@@ -143,6 +144,24 @@ def test_what_comes_before_the_question_is_compressed_or_all_but_the_last_token(
     assert lm.kept[0].fraction == pytest.approx(0.4, abs=0.01) and not lm.kept[0].simulated
 
 
+def test_a_token_that_holds_the_end_of_the_text_and_the_markers_beginning_is_the_questions(tokenizer: Any) -> None:
+    lm = compressed(tokenizer, KNORM, "q")
+    context = "the cache keeps what a model has read. Question: which, and why is a question asked"
+    first, rest = lm._split(context, lm.tok_encode(context), 100)
+    assert "q" in tokenizer.decode(rest[:1]) and first == tokenizer.encode(context)[: len(first)]
+    assert len(first) + len(rest) == len(tokenizer.encode(context))
+
+
+def test_what_is_kept_while_decoding_is_that_after_the_answer(tokenizer: Any) -> None:
+    spec = {"press": "DecodingPress", "args": {"base_press": {"press": "KnormPress"}, "compression_interval": 4}}
+    spec["args"] |= {"target_size": 16}  # type: ignore[operator]
+    lm = compressed(tokenizer, spec)
+    lm.generate_until(asked("", [(TEXT[:200], {"until": [], "max_gen_toks": 20})]))
+    assert len(lm.kept) == 1 and lm.kept[0].fraction < 0.5
+    lm.loglikelihood(asked("loglikelihood", PAIRS[:3]))
+    assert len(lm.kept) == 2
+
+
 def test_compression_reaches_the_first_token_of_an_answer(tokenizer: Any) -> None:
     one_token = [(context, continuation[:2]) for context, continuation in PAIRS[:1]]
     assert likelihoods(compressed(tokenizer, KNORM), one_token) != likelihoods(compressed(tokenizer, {}), one_token)
@@ -170,6 +189,8 @@ def test_prompts_that_lost_their_beginning_are_counted(tokenizer: Any) -> None:
         ({}, None, "generate_until", ("text", {"do_sample": True, "temperature": 1.0}), "do_sample=False"),
         ({}, None, "generate_until", ("text", {"max_gen_toks": 600}), "no room for a prompt in 512 tokens"),
         ({}, "Frage:", "generate_until", ("text", {}), "'Frage:' is not in the prompt.*query-aware"),
+        (KNORM, MARKER, "generate_until", ("Question: what is read", {}), "Nothing stands before.*query-aware"),
+        (KNORM, MARKER, "loglikelihood", ("Question: what is read", " all"), "Nothing stands before.*query-aware"),
         (
             {"press": "SnapKVPress", "args": {"compression_ratio": 0.5}},
             None,

@@ -50,8 +50,8 @@ class CompressedLM(TemplateLM):
 
     Attributes
     ----------
-    kept : for each prompt that was compressed, what its cache still lets the model read.
-    cut_prompts : how many prompts were longer than the model's context, and lost their beginning.
+    kept : for each prompt that was compressed, what its cache still lets the model read; after its answer where the
+        method acts while decoding.
     """
 
     def __init__(self, model: Any, tokenizer: Any, method: Dense, question_marker: str | None) -> None:
@@ -60,9 +60,14 @@ class CompressedLM(TemplateLM):
         self.max_length = int(model.config.get_text_config().max_position_embeddings)
         self.ends = end_ids(model, tokenizer)
         self.kept: list[Kept] = []
-        self.cut_prompts = 0
+        self._cut: set[str] = set()
         self._device = model.device
         method.check(model, 1)
+
+    @property
+    def cut_prompts(self) -> int:
+        """How many prompts were longer than the model's context, and lost their beginning."""
+        return len(self._cut)
 
     @property
     def eot_token_id(self) -> int:
@@ -92,8 +97,11 @@ class CompressedLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids of a text; a text that begins with the token of a beginning gets no second one."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = self._wants_a_beginning(string)
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
+
+    def _wants_a_beginning(self, string: str) -> bool:
+        return not string.startswith(self.tokenizer.decode(self.prefix_token_id))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         raise UserError(
@@ -105,19 +113,21 @@ class CompressedLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
-        Continuations of the same context share the work of its first part.
+        Continuations of the same context share the work of its first part; of a context that is too long, a longer
+        continuation leaves less.
         """
-        shared: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        for place, ((context, _), ids, _) in enumerate(requests):
-            shared.setdefault((context, tuple(ids)), []).append(place)
+        shared: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for place, ((context, _), ids, continuation) in enumerate(requests):
+            first, rest = self._split(context, list(ids), self.max_length + 1 - len(continuation))
+            shared.setdefault((tuple(first), tuple(rest)), []).append(place)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for (context, ids), places in tqdm(shared.items(), desc="loglikelihood", disable=disable_tqdm):
-            longest = max(len(requests[place][2]) for place in places)
-            first, rest = self._split(context, list(ids), self.max_length + 1 - longest)
-            for place, (cache, position) in zip(places, self._copies(first, len(places)), strict=True):
+        for (first, rest), places in tqdm(shared.items(), desc="loglikelihood", disable=disable_tqdm):
+            for place, (cache, position) in zip(places, self._copies(list(first), len(places)), strict=True):
                 continuation = requests[place][2]
-                read = torch.tensor([rest + continuation[:-1]], device=self.device)
+                read = torch.tensor([[*rest, *continuation[:-1]]], device=self.device)
                 logits = self._follow(cache, read, position)[0, -len(continuation) :].float()
+                if self.method.acts_while_decoding and place == places[0]:
+                    self._note(cache, 1, len(first) + read.shape[1])
                 target = torch.tensor(continuation, device=self.device)
                 likelihood = logits.log_softmax(-1).gather(-1, target[:, None]).sum()
                 found[place] = (float(likelihood), bool((logits.argmax(-1) == target).all()))
@@ -160,24 +170,45 @@ class CompressedLM(TemplateLM):
         Parameters
         ----------
         room : tokens that the prompt may have; a longer one loses its beginning.
+
+        Raises
+        ------
+        UserError : there is no room, the question's marker is not there, or nothing stands before it to compress.
         """
         if room < 1:
             raise UserError(
                 f"A task here wants answers that leave no room for a prompt in {self.max_length} tokens of context",
                 "Lower its length with --gen-kwargs max_gen_toks=…, or choose another model",
             )
-        rest = 1
-        if self.question_marker is not None and context:
-            begins = context.rfind(self.question_marker)
-            if begins < 0:
-                raise UserError(
-                    f"{self.question_marker!r} is not in the prompt that begins with {context[:80]!r}",
-                    "Name a text that stands before the question in every prompt of the tasks, or give --query-aware",
-                )
-            rest = max(1, len(ids) - len(self.tok_encode(context[:begins]))) if begins else len(ids)
-        self.cut_prompts += len(ids) > room
+        rest = 1 if self.question_marker is None or not context else len(ids) - self._before_question(context)
+        if len(ids) > room:
+            self._cut.add(context)
         ids = ids[-room:]
+        rest = min(max(1, rest), len(ids))
+        compresses = self.method.compresses and not self.method.acts_while_decoding
+        if compresses and self.question_marker is not None and context and rest == len(ids):
+            raise UserError(
+                f"Nothing stands before the question to be compressed in the prompt that begins with {context[:80]!r}",
+                "Choose tasks with a text or solved examples before the question, or give --query-aware",
+            )
         return ids[:-rest], ids[-rest:]
+
+    def _before_question(self, context: str) -> int:
+        """How many tokens of a prompt end before its question's marker begins."""
+        begins = context.rfind(self.question_marker or "")
+        if begins < 0:
+            raise UserError(
+                f"{self.question_marker!r} is not in the prompt that begins with {context[:80]!r}",
+                "Name a text that stands before the question in every prompt of the tasks, or give --query-aware",
+            )
+        if begins == 0:
+            return 0
+        if not self.tokenizer.is_fast:
+            return len(self.tok_encode(context[:begins]))
+        encoded = self.tokenizer(
+            context, add_special_tokens=self._wants_a_beginning(context), return_offsets_mapping=True
+        )
+        return next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > begins)
 
     def _compressed(self, prompts: Sequence[list[int]]) -> tuple[Any, int]:
         """The cache of prompts of equal lengths, compressed, and the position of the token after them."""
@@ -191,12 +222,17 @@ class CompressedLM(TemplateLM):
                 f"A prompt of {ids.shape[1]} tokens cannot be compressed: {error}",
                 "Choose tasks with longer prompts, or another method",
             ) from error
-        self.kept += [kept(self.model, cache, *ids.shape)] * len(prompts)
         return cache, self.method.next_position(ids.shape[1], cache)
+
+    def _note(self, cache: Any, rows: int, tokens: int) -> None:
+        """Keep what is left to read of so many rows, after so many tokens of each."""
+        self.kept += [kept(self.model, cache, rows, tokens)] * rows
 
     def _copies(self, prompt: list[int], count: int) -> Iterator[tuple[Any, int]]:
         """What `_compressed` gives for a prompt, ``count`` times."""
         cache, position = self._compressed([prompt])
+        if prompt and not self.method.acts_while_decoding:
+            self._note(cache, 1, len(prompt))
         for _ in range(count - 1):
             if isinstance(cache, DynamicCache):
                 yield deepcopy(cache), position
@@ -215,21 +251,25 @@ class CompressedLM(TemplateLM):
     def _answers(self, prompts: Sequence[_Prompt]) -> list[list[int]]:
         """Greedy tokens of prompts whose parts have equal lengths, each up to its own end."""
         cache, position = self._compressed([prompt.first for prompt in prompts])
+        read = len(prompts[0].first)
+        if read and not self.method.acts_while_decoding:
+            self._note(cache, len(prompts), read)
         rest = torch.tensor([prompt.rest for prompt in prompts], device=self.device)
         token = self._follow(cache, rest, position)[:, -1:].argmax(-1)
+        read += rest.shape[1]
         position_ids = torch.full_like(token[:1], position + rest.shape[1])
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = list(range(len(prompts)))
+        answers: list[list[int]] = [[int(row)] for row in token]
         with self.method.decoding(self.model):
-            while True:
-                for row in going:
-                    answers[row].append(int(token[row]))
-                going = [row for row in going if not self._ended(answers[row], prompts[row])]
-                if not going:
-                    return answers
+            while going := [row for row, prompt in enumerate(prompts) if not self._ended(answers[row], prompt)]:
                 logits = self.model(token, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
                 token = logits[:, -1:].argmax(-1)
+                read += 1
                 position_ids = position_ids + 1
+                for row in going:
+                    answers[row].append(int(token[row]))
+        if self.method.acts_while_decoding:
+            self._note(cache, len(prompts), read)
+        return answers
 
     def _ended(self, tokens: list[int], prompt: _Prompt) -> bool:
         if tokens[-1] in self.ends or len(tokens) >= prompt.new_tokens:
