@@ -36,6 +36,15 @@ def model(architecture: str = "Llama") -> Any:
     return made
 
 
+def sliding(window: int) -> Any:
+    """A Mistral whose layers see ``window`` tokens."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    torch.manual_seed(0)
+    config = MistralConfig(**SIZES, head_dim=16, sliding_window=window)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
 def ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64 [rows, tokens]."""
     return torch.randint(1, SIZES["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))

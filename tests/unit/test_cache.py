@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3TextConfig
 
 import tiny
+from kvbench import decode, methods
+from kvbench.architecture import windows
 from kvbench.cache import CacheBytes, cache_bytes, full_cache_bytes
 
 SHAPE = (2, 3, 10, 4)  # batch, heads, tokens, head_dim
@@ -91,3 +93,19 @@ def test_the_articles_byte_counts() -> None:
     )
     assert full_cache_bytes(qwen, 64, 1024, 2) == 9.0 * 2**30
     assert full_cache_bytes(qwen, 64, 204, 2) == 1.79296875 * 2**30
+
+
+@pytest.mark.parametrize("tokens", [10, 15, 16, 40])
+def test_the_uncompressed_cache_of_a_sliding_window_holds_the_window(tokens: int) -> None:
+    model = tiny.sliding(16)
+    _, cache = decode.prefill(model, tiny.ids(2, tokens), methods.Dense())
+    assert cache_bytes(cache).live == full_cache_bytes(model.config, 2, tokens, 4)
+
+
+def test_layers_of_two_kinds_are_counted_each_by_its_own() -> None:
+    config = Gemma3TextConfig(
+        num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"], sliding_window=8,
+        num_key_value_heads=2, head_dim=4,
+    )  # fmt: skip
+    assert windows(config) == [8, None, 8]
+    assert full_cache_bytes(config, 1, 20, 2) == 2 * 2 * 4 * (7 + 20 + 7) * 2

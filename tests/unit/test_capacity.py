@@ -1,5 +1,7 @@
 """The search for what fits, against memories of any shape."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,3 +46,19 @@ def test_memory_that_grows_in_proportion_takes_a_few_tries() -> None:
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(Unsupported, match="searched on a GPU"):
         capacity.search(tiny.model(), methods.Dense(), capacity.Shape(1, 8, 2), "hf")
+
+
+def test_a_search_begins_where_it_is_told() -> None:
+    def peaks(fits: int, tries: list[int]) -> Any:
+        def peak(size: int) -> int | None:
+            tries.append(size)
+            return size * 2**20 if size <= fits else None
+
+        return peak
+
+    tries: list[int] = []
+    assert 97 <= capacity.largest(peaks(100, tries), 2**27, None, 16) <= 100 and min(tries) == 16
+    tries.clear()
+    assert capacity.largest(peaks(5, tries), 2**27, None, 16) == 5 and tries[0] == 16
+    assert capacity.largest(peaks(100, []), 2**27, 10, 16) == 10
+    assert capacity.largest(peaks(100, []), 2**27, 0, 16) == 0

@@ -32,8 +32,10 @@ def test_throttled_runs_are_named() -> None:
     assert said(watched)["Throttling"] == "no run was slowed by heat or by the hardware."
     assert said(watched | {"slowed_by": "power cap"})["Throttling"].endswith("power cap was reached.")
     hot = said(watched | {"throttled_repeats": 2, "slowed_by": "hardware thermal slowdown"})["Throttling"]
-    assert "2 of baseline" in hot and "hardware thermal slowdown" in hot
-    assert said(watched)["Device"] == "SM clock 1,980 MHz, 51 °C, 640 W while decoding."
+    assert "left out: 2 of baseline (hardware thermal slowdown)" in hot
+    never = said(watched | {"throttled_repeats": 6, "throttled": True, "slowed_by": "power brake"})["Throttling"]
+    assert never == "heat or the hardware slowed every run of baseline, and the figures are of such runs (power brake)."
+    assert said(watched)["Device"] == "SM clock 1,980 MHz, 51 °C, 640 W during the runs, prefill and decode."
 
 
 def test_the_time_around_a_measurement_is_told() -> None:

@@ -1,5 +1,6 @@
 """Our decode loop gives the tokens that transformers' own greedy generate gives, with and without compression."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -129,3 +130,22 @@ def test_a_prompt_shorter_than_a_presss_window_is_unsupported_with_its_reason() 
     method = methods.build({"press": "SnapKVPress", "args": HALF})
     with pytest.raises(Unsupported, match="SnapKVPress refuses this input: .*window"):
         generate(tiny.model(), tiny.ids(1, 20), method, 4)
+
+
+def test_a_press_on_sliding_layers_is_refused_before_they_are_full() -> None:
+    model, method = tiny.sliding(32), methods.build({"press": "KnormPress", "args": HALF})
+    assert generate(model, tiny.ids(1, 20), methods.Dense(), 30).tokens.shape == (1, 30)
+    assert generate(model, tiny.ids(1, 20), method, 12).tokens.shape == (1, 12)
+    for tokens, new in ((20, 13), (40, 2)):
+        with pytest.raises(Unsupported, match="sliding window of 32 tokens"):
+            generate(model, tiny.ids(1, tokens), method, new)
+    with pytest.raises(Unsupported, match="sliding window"):
+        prefill(model, tiny.ids(1, 32), method)
+
+
+def test_layers_of_unequal_length_decode_under_eager_attention_too() -> None:
+    ids, method = tiny.ids(2, 90), methods.build({"press": "PyramidKVPress", "args": HALF})
+    expected = generate(tiny.model(), ids, method, 12).tokens
+    eager = deepcopy(tiny.model())
+    eager.set_attn_implementation("eager")
+    assert generate(eager, ids, method, 12).tokens.tolist() == expected.tolist()

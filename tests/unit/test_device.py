@@ -4,7 +4,9 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 import torch
 
 from kvbench import device
@@ -56,3 +58,30 @@ def test_clock_counts_from_its_first_mark() -> None:
         clock.mark()
     times = clock.times()
     assert times[0] == 0 and times == sorted(times)
+
+
+def test_a_job_works_on_the_gpu_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(device, "_lock_file", lambda name: tmp_path / name)
+    with device.exclusive() as first, device.exclusive() as second:
+        assert (str(first), str(second)) == ("cuda:0", "cuda:1")
+    assert current == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("tried to allocate"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_who_says_that_memory_ran_out(error: Exception, expected: bool) -> None:
+    assert device.ran_out(error) is expected

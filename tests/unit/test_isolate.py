@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,3 +135,17 @@ def test_without_a_run_no_server_is_started(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(warm.tempfile, "gettempdir", lambda: str(tmp_path))
     warm.begin()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_client_that_dies_in_the_middle_takes_no_other_along(tmp_path: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(tmp_path)}
+    job = start(tmp_path, "time.sleep(3); Path(sys.argv[0] + '.done').touch()", env)
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.02)
+    (listening,) = (path for path in tmp_path.iterdir() if path.is_socket())
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(listening))
+        socket.send_fds(client, [(100).to_bytes(8, "big")], [1, 2])
+        client.sendall(b"{")
+    job.communicate(timeout=120)
+    assert job.returncode == 0 and (tmp_path / "program.py.done").exists()

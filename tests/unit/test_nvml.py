@@ -1,8 +1,10 @@
 """Clocks, heat and throttling, read from a stand-in for NVML; no GPU here answers."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from kvbench.nvml import Nvml, Watch, connect
@@ -99,3 +101,8 @@ def test_without_a_gpu_nothing_is_said() -> None:
     watch.begin()
     watch.look()
     assert watch.end() == {"throttled": None}
+
+
+def test_without_the_package_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert connect(torch.device("cuda:0")) is None

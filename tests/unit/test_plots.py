@@ -1,4 +1,5 @@
 import itertools
+import random
 import warnings
 from xml.etree import ElementTree
 
@@ -6,7 +7,7 @@ import pytest
 import report_fixture as fixture
 from matplotlib import pyplot as plt
 
-from kvbench import plots, sheets, words
+from kvbench import intervals, plots, sheets, words
 from kvbench.errors import UserError
 from kvbench.results import BASELINE_COLOUR, baseline_of, colours, read_rows
 
@@ -202,7 +203,7 @@ def row(value, spread, column="decode_tokens_per_s", **more):
         (row(12, None), row(10, 1), "decode_tokens_per_s", "unknown"),
         (row(12, 1, repeats=3), row(10, 0.5), "decode_tokens_per_s", "more"),
         (row(12, 1, repeats=3), row(10, 0.5, repeats=3), "decode_tokens_per_s", "unknown"),
-        (row(12, 1, device=fixture.GPU), row(10, 0.5), "decode_tokens_per_s", "unknown"),
+        (row(12, 1, device=fixture.GPU), row(10, 0.5), "decode_tokens_per_s", "elsewhere"),
         (row(9, None, "kv_cache_bytes"), row(9, None, "kv_cache_bytes"), "kv_cache_bytes", "equal"),
         (row(8, None, "kv_cache_bytes"), row(9, None, "kv_cache_bytes"), "kv_cache_bytes", "less"),
     ],
@@ -225,4 +226,26 @@ def test_intervals_say_what_they_are():
     assert words.interval_words(5) == "range of the repeats, a 94% interval of the median"
     assert words.interval_words(6) == "95% interval of the median"
     assert words.interval_words(1) == "no interval"
-    assert words.by_chance(5, 5) == pytest.approx(2 / 252)
+
+
+def test_intervals_of_one_distribution_part_as_often_as_is_said():
+    assert intervals.by_chance(5, 5) == pytest.approx(2 / 252)
+    assert intervals.by_chance(0, 5) == 1
+    draw, parted, count = random.Random(0), 0, 40_000
+    for _ in range(count):
+        one, other = (intervals.interval([draw.random() for _ in range(n)]) for n in (12, 9))
+        parted += one[1] < other[0] or other[1] < one[0]
+    assert parted / count == pytest.approx(intervals.by_chance(12, 9), rel=0.25)
+
+
+def test_cells_of_another_device_share_what_is_counted_and_nothing_that_is_timed():
+    from kvbench import findings
+
+    here = {"device": fixture.GPU, "protocol": "standard", "repeats": 6, "status": "ok", "model": "m", "workload": "w"}
+    base = row(10, 0.1) | here | {"variant": "baseline", "baseline": "baseline", "kv_cache_bytes": 100}
+    other = row(20, 0.1) | here | {"variant": "knorm", "baseline": "baseline", "kv_cache_bytes": 20, "device": "other"}
+    assert words.compare(other, base, "decode_tokens_per_s").verdict == "elsewhere"
+    assert words.compare(other, base, "kv_cache_bytes").verdict == "less"
+    said = findings.headline([base, other], [], {})
+    assert "no speeds can be compared" in said and "cuts the cache more than knorm (80% less)" in said
+    assert "1 measured on another device" in findings.verdict_counts([base, other])

@@ -104,6 +104,20 @@ def test_what_is_not_decided_is_not_called_equal(scores: Scores) -> None:
     assert "is not decided (KL 1.1 × 10⁻⁴ nats" in quality_words.price(open_, "expected-attention-0.5")
 
 
+def test_without_a_baseline_there_were_not_too_few_observations(scores: Scores) -> None:
+    lone = changed(scores, "snapkv-0.5", "kl_mean", verdict="unknown", difference=None, baseline_value=None)
+    lone = changed(lone, "snapkv-0.5", "overall", verdict="unknown")
+    assert said(lone)["Not decided"] == "snapkv-0.5 (nothing to compare with: KL)."
+
+
+def test_a_figure_beside_the_baselines_is_of_what_both_have(scores: Scores) -> None:
+    of = {"value": 0.3, "baseline_value": 0.98, "difference": -0.37}  # the baseline lacks the long prompts
+    gap = changed(scores, "knorm-0.8", "retrieval_accuracy", **of)
+    variant = next(row for row in gap.variants if row["variant"] == "knorm-0.8")
+    assert "61% against 98%" in quality_words._retrieval(gap, variant)
+    assert "61.0%" in [line["value"] for line in quality_report._evidence(gap, variant)]
+
+
 def test_an_open_verdict_without_figures_leaves_the_headline_to_the_texts(scores: Scores) -> None:
     only_texts = Scores([row for row in scores.rows if row["metric"] in ("collapsed", "overall")])
     assert quality_words.price(changed(only_texts, "snapkv-0.5", "overall", verdict="unknown"), "snapkv-0.5") == ""

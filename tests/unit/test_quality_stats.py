@@ -230,6 +230,35 @@ def test_points_that_did_not_come_out_are_named_and_the_others_stand(tmp_path: P
     assert one(rows, "snapkv-0.5", "retrieval_accuracy", "needle")["n"] == 5 * made.SAMPLES
 
 
+def test_a_variant_that_lost_points_which_the_baseline_has_is_not_called_as_good(tmp_path: Path) -> None:
+    def without(method: str) -> list[Row]:
+        return [
+            row | {"sample": None, "status": "oom", "status_reason": "too long"}
+            if (row["task"], row["prompt_tokens"]) == ("needle", 1024)
+            else row
+            for row in made.retrieval(method)
+        ]
+
+    name = "expected-attention-0.5"
+    lost = {f"retrieval/{MODEL}/{name}.parquet": without(name)}
+    rows = small(tmp_path / "one", ["baseline", name], lost)
+    assert one(rows, name, "retrieval_accuracy", "needle")["verdict"] == "indistinguishable"
+    assert one(rows, name, "overall", "all")["verdict"] == "unknown"
+    both = lost | {f"retrieval/{MODEL}/baseline.parquet": without("baseline")}
+    rows = small(tmp_path / "both", ["baseline", name], both)
+    assert one(rows, name, "overall", "all")["verdict"] == "indistinguishable"
+
+
+def test_twice_as_many_tokens_are_no_control() -> None:
+    def seen(kept: float) -> quality_stats.Seen:
+        table = observations.Observed("ok", None, pd.DataFrame(), kept, False)
+        return quality_stats.Seen({"full": table}, None, None)
+
+    variants = [quality_stats.Variant("m", name, name, None, name == "random") for name in ("press", "random")]
+    for kept, control in ((0.05, None), (0.09, "random"), (0.13, "random"), (0.16, None)):
+        assert quality_stats._control(variants[0], {"press": seen(kept), "random": seen(0.1)}, variants) == control
+
+
 def test_a_retrofit_is_compared_with_its_bases_baseline_and_control(tmp_path: Path) -> None:
     written = made.write(tmp_path)
     plan = made.plan()

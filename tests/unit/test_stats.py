@@ -141,6 +141,19 @@ def test_what_was_not_measured_is_a_row_with_nulls(tmp_path: Path, stage: str) -
     assert stats.missing(outputs["stats"]) == ["knorm on w: oom: tried to allocate 9 GiB"]
 
 
+@pytest.mark.parametrize(("protocol", "peak", "ends"), [("standard", 30.0, (10, 30)), ("article", 10.0, (None, None))])
+def test_the_prefills_peak_is_that_of_its_own_repeats(
+    tmp_path: Path, protocol: str, peak: float, ends: tuple[int | None, int | None]
+) -> None:
+    record = prefill()
+    record["repeats"] = [record["repeats"][0] | {"peak_prefill_bytes": value} for value in (10, 20, 30)]
+    write(tmp_path, [{"total_s": 6.0}] * 6, record)
+    repeats, (row, *_) = stats.merge(plan(protocol), tmp_path)
+    assert [each["peak_prefill_bytes"] for each in repeats] == [10, 20, 30, 30, 30, 30]
+    assert row["peak_prefill_bytes"] == peak
+    assert (row["peak_prefill_bytes_low"], row["peak_prefill_bytes_high"]) == ends
+
+
 def test_the_article_divides_all_tokens_by_a_difference_of_two_runs(tmp_path: Path) -> None:
     record = prefill()
     record["repeats"][0] = record["repeats"][0] | {"ttft_s": 2.0}
@@ -159,12 +172,17 @@ TOKEN = 2 * 2 * 4 * 4
 """Bytes of the keys and values of one token of the two sequences."""
 
 
-def limited(folder: Path, protocol: str = "standard", device: str = "cpu: x (2 threads)") -> dict[str, Any]:
+KNORM = {"press": "KnormPress", "args": {"compression_ratio": 0.5}}
+
+
+def limited(
+    folder: Path, protocol: str = "standard", device: str = "cpu: x (2 threads)", spec: dict[str, Any] = KNORM
+) -> dict[str, Any]:
     """Stats of a cell that keeps 5 of 10 tokens, on a device whose rates are known under a name."""
     cache = {"kv_cache_bytes": 5 * TOKEN, "kv_cache_allocated_bytes": 5 * TOKEN, "kv_cache_full_bytes": 10 * TOKEN}
     repeats = [{"ttft_s": t, "tpot_s": t, "total_s": 9.0, "kv_cache_end_bytes": 9 * TOKEN} for t in (2.0, 1.0, 4.0)]
     known = {"model_config": QWEN2, "dtype": "torch.float32", "weights_bytes": 4 * PARAMETERS}
-    known["variant"] = {"spec": {"press": "KnormPress", "args": {"compression_ratio": 0.5}}}
+    known["variant"] = {"spec": spec}
     write(folder, repeats, prefill(**cache), known)
     measured = {"copy": {"bytes_per_s": 1e3}, "matmul": {"float32": {"flops_per_s": 1e5}}}
     (folder / "device").mkdir()
@@ -183,6 +201,12 @@ def test_every_repeat_is_held_against_the_limits(tmp_path: Path) -> None:
     assert (row["mbu"], row["mbu_low"], row["mbu_high"]) == (step / 2e3, step / 4e3, step / 1e3)
     assert row["mfu"] == row["prefill_flops"] / 2e5 and row["fastest_ttft_s"] == row["prefill_bytes"] / 1e3
     assert (row["copy_bytes_per_s"], row["matmul_flops_per_s"], row["dtype"]) == (1e3, 1e5, "torch.float32")
+
+
+def test_what_dms_skips_of_a_prefill_has_no_count(tmp_path: Path) -> None:
+    row = limited(tmp_path, spec={"dms": {"adapter": "somewhere"}})
+    assert row["mfu"] is None and row["fastest_ttft_s"] is None and row["prefill_flops"] is None
+    assert row["mbu"] is not None and row["fastest_tpot_s"] is not None
 
 
 @pytest.mark.parametrize("other", [{"protocol": "article"}, {"device": "another"}], ids=["article", "device"])

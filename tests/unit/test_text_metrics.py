@@ -173,6 +173,7 @@ def test_methods_are_told_apart_by_their_share_of_collapsed_answers() -> None:
         ("Yes " + "na" * 12, "Yes."),
         (" ... \n", "Yes."),
         ("a\ufffdb\ufffdc", "Yes."),
+        ("a\ufffdb\ufffdc", "Yes, and \ufffd"),  # cut within a character
     ],
 )
 def test_signs_other_than_loops(text: str, reference: str) -> None:

@@ -38,6 +38,17 @@ def kv_shape(config: Mapping[str, Any]) -> tuple[int, int]:
     return config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
 
 
+def windows(config: Any) -> list[int | None]:
+    """The sliding window of each layer, in tokens; None where a layer sees all.
+
+    Source: transformers 5.2, ``DynamicCache`` and ``DynamicSlidingWindowLayer`` in ``cache_utils.py``.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else ""] * text.num_hidden_layers
+    return [window if kind in ("sliding_attention", "chunked_attention") else None for kind in kinds]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The sizes of a model.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kvbench.architecture import describe, kv_shape
+from kvbench.architecture import describe, kv_shape, windows
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,16 @@ def cache_bytes(cache: Any) -> CacheBytes:
 def full_cache_bytes(config: Any, batch_size: int, tokens: int, itemsize: int) -> int:
     """Bytes that an uncompressed cache takes, in closed form.
 
-    Keys and values × layers × batch × KV heads × tokens × head_dim × itemsize.
+    Keys and values × batch × KV heads × tokens of all layers × head_dim × itemsize. A layer with a sliding window holds
+    one token less than the window at most, as transformers' ``DynamicSlidingWindowLayer`` does.
 
     Parameters
     ----------
     config : a transformers config (the text part of a multimodal one).
     """
-    sizes = describe(config)
-    heads, head_dim = kv_shape(sizes)
-    return 2 * sizes["num_hidden_layers"] * batch_size * heads * tokens * head_dim * itemsize
+    heads, head_dim = kv_shape(describe(config))
+    kept = sum(tokens if window is None else min(tokens, window - 1) for window in windows(config))
+    return 2 * batch_size * heads * kept * head_dim * itemsize
 
 
 def _paged_bytes(layers: list[Any]) -> CacheBytes:

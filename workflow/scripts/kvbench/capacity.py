@@ -1,6 +1,7 @@
 """What fits: the largest batch and the longest prompt that a device holds with a method, found by running them."""
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from kvbench import engines
+from kvbench.device import ran_out
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 
@@ -52,7 +54,9 @@ def search(model: Any, method: Dense, shape: Shape, engine: str) -> dict[str, An
         return _peak(model, method, Shape(shape.batch_size, steps * PROMPT_STEP, shape.new_tokens), engine)
 
     method.check(model, shape.batch_size)
-    tokens = largest(prompt, total, longest // PROMPT_STEP) * PROMPT_STEP
+    # from the workload's own length, since a press may refuse prompts that are shorter than its window
+    start = math.ceil(shape.prompt_tokens / PROMPT_STEP)
+    tokens = largest(prompt, total, longest // PROMPT_STEP, start) * PROMPT_STEP
     return {
         "largest_batch": largest(batch, total, None) if _batches(model, method) else 1,
         "longest_prompt_tokens": tokens,
@@ -61,7 +65,7 @@ def search(model: Any, method: Dense, shape: Shape, engine: str) -> dict[str, An
     }
 
 
-def largest(peak: Callable[[int], int | None], total: int, limit: int | None) -> int:
+def largest(peak: Callable[[int], int | None], total: int, limit: int | None, start: int = 1) -> int:
     """The largest size that fits, to `RESOLUTION`; 0 if not even 1 does.
 
     Peaks grow nearly in proportion to size, so each next try is where the last two peaks that fitted say that memory
@@ -72,10 +76,11 @@ def largest(peak: Callable[[int], int | None], total: int, limit: int | None) ->
     peak : runs a size, and returns its peak memory in bytes, or None if it does not fit.
     total : the device's memory in bytes.
     limit : the largest size that makes sense, or None.
+    start : the first size to try.
     """
     fitted: list[tuple[int, int]] = []
     too_large = limit + 1 if limit is not None else None
-    size = 1
+    size = start if limit is None else max(1, min(start, limit))
     while too_large is None or size < too_large:
         found = peak(size)
         if found is None:
@@ -123,7 +128,9 @@ def _fits(model: Any, method: Dense, shape: Shape, engine: str) -> bool:
         )
         runs.generate(model, ids, method, shape.new_tokens, lambda: None, lambda _: None)
         torch.cuda.synchronize(model.device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         return False
     return True
 

@@ -40,7 +40,7 @@ def _device(cells: Sequence[Row]) -> str:
     )
     if not clocks:
         return ""
-    return f"SM clock {_span(clocks)} MHz, {_span(heat)} °C, {_span(power)} W while decoding."
+    return f"SM clock {_span(clocks)} MHz, {_span(heat)} °C, {_span(power)} W during the runs, prefill and decode."
 
 
 def _throttling(cells: Sequence[Row]) -> str:
@@ -50,8 +50,12 @@ def _throttling(cells: Sequence[Row]) -> str:
     hit = [row for row in cells if row.get("throttled_repeats")]
     slowed = unique(reason for row in cells for reason in (row.get("slowed_by") or "").split(", ") if reason)
     if hit:
-        runs = words.listing([f"{row['throttled_repeats']} of {row['variant']}" for row in hit])
-        return f"runs that heat or the hardware slowed were repeated and left out: {runs} ({words.listing(slowed)})."
+        left, all_ = ([row for row in hit if bool(row.get("throttled")) is state] for state in (False, True))
+        runs = words.listing([f"{row['throttled_repeats']} of {row['variant']}" for row in left])
+        told = [f"runs that heat or the hardware slowed were repeated and left out: {runs}"] if left else []
+        names = words.listing([str(row["variant"]) for row in all_])
+        told += [f"heat or the hardware slowed every run of {names}, and the figures are of such runs"] if all_ else []
+        return f"{'; '.join(told)} ({words.listing(slowed)})."
     reached = f"; {words.listing(slowed)} was reached" if slowed else ""
     return f"no run was slowed by heat or by the hardware{reached}."
 

@@ -1,6 +1,7 @@
 """Our own decode loop over transformers' forward: greedy, deterministic, and blind to who times it."""
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ def prefill(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.T
     -------
     The first new token of each row, int64 [batch, 1], and the compressed cache.
     """
+    method.must_fit(model, input_ids.shape[1])
     cache = method.cache(model)
     return _fill(model, input_ids, method, cache), cache
 
@@ -88,6 +90,7 @@ def prefill_both(model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[An
     if not method.shares_prefill:
         _, full = prefill(model, input_ids, Dense())
         return full, prefill(model, input_ids, method)[1]
+    method.must_fit(model, input_ids.shape[1])
     recording = _Recording(model.config)
     _fill(model, input_ids, method, recording)
     compressed = DynamicCache(config=model.config)
@@ -119,6 +122,7 @@ def generate(
     prefilled : called once with the compressed cache, between the first token's mark and the first step.
     stop : end-of-sequence ids; given any, the host looks at every token, so leave it empty when timing.
     """
+    method.must_fit(model, input_ids.shape[1] + new_tokens - 1)
     mark()
     token, cache = prefill(model, input_ids, method)
     mark()
@@ -170,15 +174,18 @@ def follow(
     -------
     The new tokens, ``first`` among them, int64 [batch, at most ``new_tokens``].
     """
+    method.must_fit(model, position + new_tokens - 1)
     tokens = torch.empty(len(first), new_tokens, dtype=torch.long, device=first.device)
     tokens[:, :1] = token = first
     position_ids = torch.full_like(token[:1], position)
     endings = torch.tensor(sorted(stop), device=tokens.device)
     ended = torch.isin(token, endings)
     length = 1
+    own_masks = masks.one_is_wrong(model, cache)
     with method.decoding(model):
         while length < tokens.shape[1] and not (len(stop) and bool(ended.all())):
-            logits = model(token, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
+            with masks.each_its_own(model, cache, 1) if own_masks else nullcontext():
+                logits = model(token, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
             token = logits[:, -1:].argmax(-1)
             tokens[:, length : length + 1] = token
             length += 1
@@ -205,6 +212,7 @@ def continue_from(model: Any, cache: Any, ids: torch.Tensor, method: Dense, posi
     -------
     Logits [batch, tokens, vocabulary]; those at token i predict token i + 1.
     """
+    method.must_fit(model, position + ids.shape[1])
     positions = position + torch.arange(ids.shape[1], device=ids.device)[None]
     if not method.acts_while_decoding and _one_pass(model, cache):
         with masks.each_its_own(model, cache, ids.shape[1]):

@@ -31,6 +31,8 @@ def exclusive() -> Iterator[torch.device]:
                 lock.close()
                 continue
             try:
+                if name != "cpu":  # events, streams, graphs and Triton's launches go to the current device
+                    torch.cuda.set_device(name)
                 yield torch.device(name)
             finally:
                 lock.close()
@@ -42,6 +44,14 @@ def _lock_file(name: str) -> Path:
     """One file for a physical device: by its UUID, as CUDA_VISIBLE_DEVICES renumbers devices."""
     identity = str(torch.cuda.get_device_properties(name).uuid) if name.startswith("cuda") else "cpu"
     return Path(tempfile.gettempdir(), f"kvbench-{os.getuid()}-{identity}.lock")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: torch's allocators, the driver, a library or Triton may say it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def describe(device: torch.device) -> dict[str, str | None]:

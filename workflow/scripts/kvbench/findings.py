@@ -91,10 +91,12 @@ def verdict_counts(rows: Sequence[Row]) -> str:
         "more": "faster than the baseline",
         "less": "slower",
         "indistinguishable": "indistinguishable from it",
-        "unknown": "without an interval to judge by",
+        "unknown": "with too few repeats to judge by",
+        "elsewhere": "measured on another device or under another protocol",
     }
     cells = f"{len(verdicts)} comparison{'s' if len(verdicts) != 1 else ''} of throughput"
-    rule = " Two cells differ only where their intervals do not overlap." if {*verdicts} - {"unknown"} else ""
+    judged = {*verdicts} - {"unknown", "elsewhere"}
+    rule = " Two cells differ only where their intervals do not overlap." if judged else ""
     return f"{cells}: {words.counts(verdicts, names)}.{rule}" if verdicts else ""
 
 
@@ -117,7 +119,9 @@ def _none_faster(pairs: Sequence[tuple[Row, Row]]) -> str:
     verdicts = {change.verdict for change in changes if change is not None}
     if not verdicts:
         return "No throughput was measured beside a baseline’s."
-    if verdicts == {"unknown"}:
+    if verdicts == {"elsewhere"}:
+        return "Baselines were measured on another device or under another protocol: no speeds can be compared."
+    if verdicts <= {"unknown", "elsewhere"}:
         return "Too few runs a cell: no difference in speed can be told from noise."
     return "No variant decodes clearly faster than its baseline."
 
@@ -193,7 +197,7 @@ def _groups(pairs: Sequence[tuple[Row, Row]], column: str) -> list[str]:
     changes.sort(key=lambda item: -(item[1].percent or 0))
     named = {
         verdict: [f"{_name(row)} {change.words}" for row, change in changes if change.verdict == verdict]
-        for verdict in ("more", "less", "unknown")
+        for verdict in ("more", "less", "unknown", "elsewhere")
     }
     alike = [_name(row) for row, change in changes if change.verdict == "indistinguishable"]
     same = [_name(row) for row, change in changes if change.verdict == "equal"]
@@ -203,6 +207,7 @@ def _groups(pairs: Sequence[tuple[Row, Row]], column: str) -> list[str]:
         f"the same as the baseline: {words.listing(same)}" if same else "",
         f"indistinguishable from the baseline: {words.listing(alike)}" if alike else "",
         f"perhaps noise, too few repeats: {', '.join(named['unknown'])}" if named["unknown"] else "",
+        f"against a baseline on another device: {', '.join(named['elsewhere'])}" if named["elsewhere"] else "",
     ]
     return [phrase for phrase in phrases if phrase]
 

@@ -15,11 +15,34 @@ def interval(values: list[float]) -> tuple[float | None, float | None]:
     n = len(values)
     if n < 2:
         return None, None
-    ordered, outside, tail = sorted(values), 0, 0.5**n
+    ordered, outside = sorted(values), left_out(n)
+    return ordered[outside], ordered[n - 1 - outside]
+
+
+def left_out(n: int) -> int:
+    """How many of ``n`` values `interval` leaves out at each end."""
+    outside, tail = 0, 0.5**n
     while tail + comb(n, outside + 1) * 0.5**n <= 0.025:
         outside += 1
         tail += comb(n, outside) * 0.5**n
-    return ordered[outside], ordered[n - 1 - outside]
+    return outside
+
+
+def by_chance(n: int, m: int) -> float:
+    """Probability that the intervals of ``n`` and of ``m`` values of one continuous distribution do not overlap.
+
+    The upper end of one is below the lower end of the other where, in the order of all values, so few of the other's
+    come before it: a hypergeometric sum. Where both are full ranges it is 2 / C(n + m, n).
+    """
+    if 0 in (n, m):
+        return 1.0
+    return min(1.0, _below(n, m) + _below(m, n))
+
+
+def _below(n: int, m: int) -> float:
+    upper = n - left_out(n)  # the place of the upper end among its own
+    ways = sum(comb(upper - 1 + i, i) * comb(n - upper + m - i, m - i) for i in range(left_out(m) + 1))
+    return ways / comb(n + m, n)
 
 
 def noise(values: list[float]) -> float | None:

@@ -107,21 +107,17 @@ def rows_writer(job: Job, schema: pa.Schema, about: dict[str, Any] | None = None
 
 def attempt(work: Callable[[], Any]) -> tuple[str, str | None, Any]:
     """Status, reason (None when ok) and result (None when not ok) of a piece of work; a `UserError` goes through."""
-    import torch
+    from kvbench.device import ran_out
 
     try:
         return "ok", None, work()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return "oom", _first_line(error) or "out of memory", None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how torch's CPU allocator says it
-            return _failed(error)
-        return "oom", _first_line(error), None
     except Unsupported as error:
         return "unsupported", str(error), None
     except UserError:
         raise
     except Exception as error:  # whatever a method, a model or a kernel raises is this cell's result
+        if ran_out(error):
+            return "oom", _first_line(error) or "out of memory", None
         return _failed(error)
 
 

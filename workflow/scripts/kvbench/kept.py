@@ -54,7 +54,8 @@ def expected_cache_bytes(
 ) -> int | None:
     """Live bytes of the cache that a method leaves, in closed form; None where its kept tokens are not known.
 
-    They are not where `kept_tokens` knows none, where a sliding window keeps fewer, or where the config lacks a size.
+    They are not where `kept_tokens` knows none, where a sliding window keeps fewer or is left out by a press, or where
+    the config lacks a size.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ def expected_cache_bytes(
         model = Architecture.of(config)
     except Unsupported:
         return None
-    if kept is None or (model.window is not None and tokens >= model.window):
+    if kept is None or (model.window is not None and (spec or tokens >= model.window)):
         return None
     return model.kv_elements * batch * kept * itemsize
 

@@ -23,29 +23,30 @@ class Limits:
 
     Attributes
     ----------
+    prefill : None where DMS skips what it has evicted, so that what attention multiplies has no closed form.
     decode : the mean decode step; None where a press compresses now and then while decoding, so that what a step
         finds in the cache has no closed form.
     dtype : name of the dtype of weights and cache.
     """
 
-    prefill: Work
+    prefill: Work | None
     decode: Work | None
     rates: Rates
     dtype: str
 
     def of_repeat(self, ttft_s: float | None, tpot_s: float | None) -> Row:
         """`COLUMNS`, which are the same for every repeat, and what this repeat reached: its MFU and MBU."""
-        rates, dtype, decode = self.rates, self.dtype, self.decode
+        rates, dtype, prompt, decode = self.rates, self.dtype, self.prefill, self.decode
         return {
-            "fastest_ttft_s": fastest(self.prefill, rates, dtype),
+            "fastest_ttft_s": prompt and fastest(prompt, rates, dtype),
             "fastest_tpot_s": decode and fastest(decode, rates, dtype),
-            "prefill_bytes": self.prefill.bytes,
-            "prefill_flops": self.prefill.flops,
+            "prefill_bytes": prompt and prompt.bytes,
+            "prefill_flops": prompt and prompt.flops,
             "decode_step_bytes": decode and decode.bytes,
             "decode_step_flops": decode and decode.flops,
             "copy_bytes_per_s": rates.copy_bytes_per_s,
             "matmul_flops_per_s": rates.matmul_flops_per_s[dtype],
-            "mfu": mfu(self.prefill, ttft_s, rates, dtype) if ttft_s else None,
+            "mfu": mfu(prompt, ttft_s, rates, dtype) if prompt and ttft_s else None,
             "mbu": mbu(decode, tpot_s, rates) if decode and tpot_s else None,
         }
 
@@ -70,7 +71,8 @@ def of_cell(cell: Mapping[str, Any], cache: Row, facts: Row, rates: Mapping[str,
         model = Architecture.of(facts["model_config"])
         if facts["weights_bytes"] != model.parameters * itemsize:
             return None  # quantized, or not the architecture that its config names
-        prompt = prefill(model, batch, cell["prompt_tokens"], itemsize)
+        trained = "dms" in facts["variant"]["spec"]
+        prompt = None if trained else prefill(model, batch, cell["prompt_tokens"], itemsize)
         return Limits(prompt, _decode(model, cell, cache, facts, itemsize), found, dtype)
     except Unsupported:
         return None

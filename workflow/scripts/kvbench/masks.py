@@ -54,6 +54,13 @@ def readable(layer: Any, keys: torch.Tensor) -> torch.Tensor:
     return seen
 
 
+def one_is_wrong(model: Any, cache: Any) -> bool:
+    """Whether transformers' one mask does not fit a step of one token: eager attention adds it as it is."""
+    if model.config._attn_implementation != "eager":
+        return False
+    return len({layer.keys.shape[2] for layer in cache.layers if torch.is_tensor(getattr(layer, "keys", None))}) > 1
+
+
 @contextmanager
 def each_its_own(model: Any, cache: Any, queries: int) -> Iterator[None]:
     """Context of a forward pass of ``queries`` tokens in which each layer gets the causal mask of its own kept tokens.

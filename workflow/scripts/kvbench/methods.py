@@ -54,6 +54,9 @@ class Dense:
     def check(self, model: Any, batch_size: int) -> None:
         """Raise `Unsupported` where this method cannot be run as asked."""
 
+    def must_fit(self, model: Any, tokens: int) -> None:
+        """Raise `Unsupported` where this method cannot run on a model that reads so many tokens of each sequence."""
+
     def cache(self, model: Any) -> Any:
         """An empty cache for the prompt."""
         from transformers import DynamicCache
@@ -133,6 +136,18 @@ class Press(Dense):
             raise Unsupported(
                 f"ObservedAttentionPress reads attention weights, which {attention} does not give; set the model's"
                 " attention: eager"
+            )
+
+    def must_fit(self, model: Any, tokens: int) -> None:
+        from kvbench.architecture import windows
+
+        if type(model).__name__ == "Gemma3ForConditionalGeneration":
+            return  # kvpress prunes its full layers only
+        window = min((window for window in windows(model.config) if window is not None), default=None)
+        if window is not None and tokens >= window:
+            raise Unsupported(
+                f"a press would prune layers with a sliding window of {window} tokens, whose cache counts on every"
+                f" token once the window is full; prompt and answer have {tokens}: lower prompt_tokens or new_tokens"
             )
 
     def prefill(self, model: Any) -> AbstractContextManager[Any]:

@@ -87,12 +87,14 @@ def connect(device: Any) -> Nvml | None:
 
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         # by its UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's
         gpu = Nvml(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}"))
         gpu.sample()
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return None
     return gpu
 

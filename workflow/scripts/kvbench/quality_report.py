@@ -228,7 +228,7 @@ def _evidence(scores: Scores, variant: Row) -> list[dict[str, Any]]:
             {
                 "label": variant["variant"],
                 "figure": quality_words.figure_name(row),
-                "value": _written(column, row["value"]) + unit,
+                "value": _written(column, quality_words.beside_baseline(row)) + unit,
                 "base": _written(column, row["baseline_value"]) + unit,
                 "difference": _signed(column, row["difference"]),
                 "interval": _between(column, row["difference_low"], row["difference_high"]),

@@ -32,7 +32,9 @@ OVERALL = "overall"
 """The metric of the rows that hold nothing but a variant's verdict."""
 
 SAME_BUDGET = 0.05
-"""How far apart the kept fractions of a variant and its random control may be."""
+"""How far apart the kept fractions of a variant and its random control may be,"""
+SAME_SHARE = 0.25
+"""and how far as a share of the variant's: twice as many tokens are no control of a strong compression."""
 
 Row = dict[str, Any]
 
@@ -178,7 +180,7 @@ def _control(variant: Variant, seen: dict[str, Seen], variants: list[Variant]) -
         and (found := seen[other.label].kept) is not None
     }
     nearest = min(distances, key=lambda label: distances[label], default=None)
-    return nearest if nearest is not None and distances[nearest] <= SAME_BUDGET else None
+    return nearest if nearest is not None and distances[nearest] <= min(SAME_BUDGET, SAME_SHARE * kept) else None
 
 
 def _stage(
@@ -224,9 +226,23 @@ def _overall(variant: Variant, rows: list[Row]) -> Row:
         for row in own
         if row["metric"] in verdicts.DECIDES and row["level"] == "whole" and row["slice"] != "outputs/batch"
     ]
+    deciding += _lost_points(variant, own, rows)
     first = next((row for row in own if row["status"] == "ok"), own[0] if own else {})
     judged = bool(first) and first["status"] == "ok" and not first["is_baseline"]
     names = {"model": variant.model, "method": variant.method, "variant": variant.label, "baseline": variant.baseline}
     about = {key: first.get(key) for key in ("control", "status", "status_reason", "kept_fraction", "simulated")}
     verdict = verdicts.overall(deciding) if judged else None
     return names | about | {"metric": OVERALL, "slice": "all", "verdict": verdict}
+
+
+def _lost_points(variant: Variant, own: list[Row], rows: list[Row]) -> list[Row]:
+    """Points of retrieval that the baseline has and the variant lacks; what is left of a task is its easier part."""
+    asked = {row["slice"] for row in rows if row["variant"] == variant.baseline and row["status"] == "ok"}
+    return [
+        row
+        for row in own
+        if row["metric"] == "retrieval_accuracy"
+        and row["level"] == "part"
+        and row["status"] != "ok"
+        and row["slice"] in asked
+    ]

@@ -49,6 +49,11 @@ def count_words(row: Row) -> str:
     return f"{round(row['value'] * row['n'])} of {row['n']}"
 
 
+def beside_baseline(row: Row) -> float:
+    """A variant's figure over the observations that its baseline has too, which is what is compared."""
+    return float(row["value"] if row["difference"] is None else row["baseline_value"] + row["difference"])
+
+
 def verdict_words(scores: Scores, variant: Row) -> str:
     """A variant's verdict in one or two words; what became of it where there is none."""
     if scores.is_baseline(variant):
@@ -118,7 +123,7 @@ def _retrieval(scores: Scores, variant: Row) -> str:
         return ""
     worst = min(judged, key=lambda row: float(row["difference"] or 0.0))
     name = TASKS[worst["slice"]].lower()
-    return f"{name} {percent(worst['value'])}% against {percent(worst['baseline_value'])}%"
+    return f"{name} {percent(beside_baseline(worst))}% against {percent(worst['baseline_value'])}%"
 
 
 def _collapsed(scores: Scores, variant: Row) -> str:
@@ -175,9 +180,11 @@ def _open(scores: Scores, variants: Sequence[Row]) -> str:
         rows = [
             row for row in deciding(scores, variant) if row["verdict"] == "unknown" and row["metric"] != "collapsed"
         ]
-        about = [figure_name(row) for row in rows]
-        missing = [f"no {stage}" for stage in scores.gaps(variant["variant"])]
-        reasons = ([f"too few observations: {', '.join(about)}"] if about else []) + missing
+        few = [figure_name(row) for row in rows if row["difference"] is not None]
+        alone = [figure_name(row) for row in rows if row["difference"] is None]
+        reasons = [f"too few observations: {', '.join(few)}"] if few else []
+        reasons += [f"nothing to compare with: {', '.join(alone)}"] if alone else []
+        reasons += [f"no {stage}" for stage in scores.gaps(variant["variant"])]
         texts.append(f"{_name(variant)} ({'; '.join(reasons)})" if reasons else _name(variant))
     return ", ".join(texts)
 

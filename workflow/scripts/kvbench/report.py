@@ -11,7 +11,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvbench import conditions, files, findings, quality_report, quality_words, scores, svg, tables, texts, words
+from kvbench import (
+    conditions,
+    files,
+    findings,
+    intervals,
+    quality_report,
+    quality_words,
+    scores,
+    svg,
+    tables,
+    texts,
+    words,
+)
 from kvbench.manifest import load_manifest
 from kvbench.results import (
     CELL_COLUMNS,
@@ -120,7 +132,7 @@ def context(inputs: Inputs) -> dict[str, Any]:
         "missing": findings.missing(rows, str(config.get("results", "results"))),
         "cells": len(rows),
         "intervals": [
-            (count, words.interval_words(count), words.by_chance(count, count))
+            (count, words.interval_words(count), intervals.by_chance(count, count))
             for count in unique(row.get("repeats") for row in rows if row["status"] == "ok")
         ],
         "protocols": unique(row["protocol"] for row in rows),

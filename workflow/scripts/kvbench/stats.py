@@ -68,7 +68,7 @@ STATS = pa.schema(
         ("interval_share", pa.float64()),
         ("settled", pa.bool_()),
     ]
-    + [("throttled_repeats", pa.int64()), ("slowed_by", pa.string())]
+    + [("throttled_repeats", pa.int64()), ("throttled", pa.bool_()), ("slowed_by", pa.string())]
     + [(name, pa.float64()) for name in _CONDITIONS + _ONCE]
     + [("load_state", pa.string())]
     + [("largest_batch", pa.int64()), ("longest_prompt_tokens", pa.int64())]
@@ -163,6 +163,7 @@ def _repeats(cell: Row, protocol: Row, folder: Path, rates: dict[str, Rates]) ->
     return [
         known
         | cache
+        | _peak(row, prefill["repeats"])
         | _timed(row, prefill["repeats"], protocol["name"], cell)
         | (limit.of_repeat(row["ttft_s"], row["tpot_s"]) if limit else {})
         | {"repeat": row["repeat"]}
@@ -178,12 +179,17 @@ def _cache(record: Row) -> Row:
         "kv_cache_allocated_bytes": allocated,
         "kv_cache_full_bytes": full,
         "kv_compression_factor": full / live if full and live else None,
-        "peak_prefill_bytes": record.get("peak_prefill_bytes"),
         "reserved_prefill_bytes": record.get("reserved_prefill_bytes"),
         "simulated": record.get("simulated"),
         "kept_fraction": record.get("kept_fraction"),
         **{name: record.get("facts", {}).get(name) for name in _FACTS},
     }
+
+
+def _peak(row: Row, prefills: list[Row]) -> Row:
+    """The peak of the prefill in the same place, the last where generations went on for longer."""
+    place = min(row["repeat"] or 0, len(prefills) - 1)
+    return {"peak_prefill_bytes": prefills[place].get("peak_prefill_bytes") if prefills else None}
 
 
 def _timed(row: Row, prefills: list[Row], protocol: str, cell: Row) -> Row:
@@ -234,6 +240,7 @@ def _conditions(repeats: list[Row], steady: list[Row], facts: Row) -> Row:
         "interval_share": stopping.get("share"),
         "settled": stopping.get("settled"),
         "throttled_repeats": sum(bool(r.get("throttled")) for r in repeats),
+        "throttled": any(r.get("throttled") for r in steady),
         "slowed_by": ", ".join(sorted({r["slowed_by"] for r in repeats if r.get("slowed_by")})) or None,
         "load_state": facts.get("load_state"),
     }

@@ -13,6 +13,7 @@ FOREIGN = 0.1
 
 _NO_SCRIPT = {"Zyyy", "Zinh"}  # digits, punctuation, emoji: common to all scripts, or taken from the letter before
 _UNREADABLE = "\ufffd"
+_BROKEN = "Zzzz"
 _WITH_HAN = {"Hira", "Kana", "Bopo", "Hang"}  # scripts that are written among Han characters
 
 
@@ -84,7 +85,7 @@ def script(character: str) -> str:
     """Script of one character: `Latn`, `Cyrl`, `Zyyy` for common ones; `Zzzz` for one that stands for broken bytes."""
     from fontTools import unicodedata
 
-    return "Zzzz" if character == _UNREADABLE else unicodedata.script(character)
+    return _BROKEN if character == _UNREADABLE else unicodedata.script(character)
 
 
 def outside_scripts(text: str, allowed: set[str]) -> float:
@@ -119,7 +120,7 @@ def collapsed(text: str, tokens: Sequence[int], prompt: str, reference: str | No
     tokens : the text's token ids.
     reference : the baseline's text for the same prompt, if there is one.
     """
-    allowed = scripts(prompt) | scripts(reference or "") | {"Latn"}
+    allowed = (scripts(prompt) | scripts(reference or "") | {"Latn"}) - {_BROKEN}
     return (
         (repetition(tokens, 4) or 0.0) >= LOOPS
         or _stutters(text)

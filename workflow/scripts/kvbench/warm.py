@@ -152,7 +152,8 @@ class Server:
         while self.jobs or (_alive(self.run) and time.monotonic() - last < IDLE_S):
             for key, _ in self.selector.select(0.02 if self.jobs else 1.0):
                 if key.fileobj is self.socket:
-                    self.begin(self.socket.accept()[0])
+                    with contextlib.suppress(OSError):  # a client that died in the middle is no job
+                        self.begin(self.socket.accept()[0])
                 else:
                     self.gone(key.data)
             self.reap()

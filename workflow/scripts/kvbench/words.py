@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvbench import intervals
+
 Row = Mapping[str, Any]
-Verdict = Literal["more", "less", "equal", "indistinguishable", "unknown"]
+Verdict = Literal["more", "less", "equal", "indistinguishable", "unknown", "elsewhere"]
 
 STATUS_WORDS = {"oom": "out of memory", "unsupported": "unsupported", "failed": "failed"}
 
@@ -154,7 +156,8 @@ class Comparison:
 
     ``verdict`` is `more` or `less` only when the two intervals do not touch, `equal` for the same counted
     value, `indistinguishable` when they overlap, `unknown` when there are no intervals or so few repeats
-    that chance alone parts them more than once in twenty times.
+    that chance alone parts them more than once in twenty times, `elsewhere` when what was timed was timed on another
+    device or under another protocol.
     """
 
     percent: float | None
@@ -183,8 +186,8 @@ def compare(row: Row, base: Row | None, column: str) -> Comparison | None:
 
 def _verdict(row: Row, base: Row, column: str) -> Verdict:
     value, reference = row[column], base[column]
-    if any(row.get(key) != base.get(key) for key in ("device", "protocol")):
-        return "unknown"
+    if not QUANTITIES[column].counted and any(row.get(key) != base.get(key) for key in ("device", "protocol")):
+        return "elsewhere"
     low, high = row.get(f"{column}_low"), row.get(f"{column}_high")
     base_low, base_high = base.get(f"{column}_low"), base.get(f"{column}_high")
     if _counted(QUANTITIES[column], row):
@@ -193,7 +196,7 @@ def _verdict(row: Row, base: Row, column: str) -> Verdict:
         base_high = reference if base_high is None else base_high
         if value == reference:
             return "equal"
-    elif by_chance(row.get("repeats") or 0, base.get("repeats") or 0) > 0.05:
+    elif intervals.by_chance(row.get("repeats") or 0, base.get("repeats") or 0) > 0.05:
         return "unknown"
     if low is None or high is None or base_low is None or base_high is None:
         return "unknown"
@@ -205,11 +208,6 @@ def _verdict(row: Row, base: Row, column: str) -> Verdict:
 def _counted(measured: Quantity, row: Row) -> bool:
     """Bytes of a GPU come from its allocator's counters; a resident set moves with the system."""
     return measured.counted or (measured.kind == "bytes" and not is_cpu(row.get("device")))
-
-
-def by_chance(repeats: int, others: int) -> float:
-    """Probability that two samples of one distribution have disjoint ranges: 2 / C(n + m, n)."""
-    return 1.0 if 0 in (repeats, others) else min(1.0, 2 / math.comb(repeats + others, repeats))
 
 
 def interval_words(repeats: int) -> str:
