@@ -42,6 +42,11 @@ def test_everything_but_models_and_methods_has_a_default() -> None:
     ("data", "words"),
     [
         (changed(worklods={}), ["worklods", "did you mean 'workloads'"]),
+        (changed(results="my results"), ["results", "'my results'", "folder's path"]),
+        (changed(results="~/x"), ["results", "'~/x'", "folder's path"]),
+        (changed(results=""), ["results", "folder's path"]),
+        (changed(dataset={"seed": -1}), ["dataset.seed", "-1", "greater than or equal to 0"]),
+        (changed(dataset={"seed": 2**32}), ["dataset.seed", "less than"]),
         (
             changed(models={"m": {"source": HUB, "dtpe": "auto"}}),
             ["models.m", "'dtpe'", "did you mean 'dtype'"],
@@ -180,10 +185,37 @@ def test_keys_given_twice_are_found_in_the_file(tmp_path: Path) -> None:
     assert "the key 'b' is given twice" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("merged.yaml", "a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: {<<: *a}\n"), ("tabs.json", '{\n\t"models": {}\n}')],
+)
+def test_files_that_snakemake_reads_are_no_error(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert config.load(SMALLEST, [str(tmp_path / name)]).results == "results"
+
+
 def test_a_local_model_that_is_too_short_is_told_before_any_job(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
-    with pytest.raises(UserError, match="workloads.chat: 1024 prompt \\+ 100 new tokens are more than the 512"):
+    with pytest.raises(UserError) as caught:
         config.load(changed(models={"m": {"source": {"path": str(tmp_path)}}}))
+    assert "workloads.chat: 1024 prompt + 100 new tokens are more than the 512" in str(caught.value)
+    assert "outputs: 1024 max_prompt_tokens + 100 new_tokens are more than the 512" in str(caught.value)
+    shorter = {"workloads": {"w": {"prompt_tokens": 64}}, "outputs": {"max_prompt_tokens": 412}}
+    shorter |= {"quality": {"windows": 0}, "models": {"m": {"source": {"path": str(tmp_path)}}}}
+    assert config.load(changed(**shorter)).outputs.max_prompt_tokens == 412
+
+
+@pytest.mark.parametrize("text", ["[]", '{"max_position_embeddings": null}', '{"max_position_embeddings": {}}', "{"])
+def test_a_local_models_broken_config_is_left_to_its_fetching(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert config.load(changed(models={"m": {"source": {"path": str(tmp_path)}}})).models["m"]
+
+
+def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "chats.json").touch()
+    found = config.load(changed(dataset={"source": {"path": "~/chats.json"}}))
+    assert found.dataset.source.path == tmp_path / "chats.json"
 
 
 def test_a_budget_is_part_of_a_method_only_where_it_is_set() -> None:
@@ -257,6 +289,15 @@ def test_a_dms_checkpoint_is_paired_with_its_own_model_and_compared_with_its_bas
         ("d", "dms", "baseline"),
     ]
     assert found[1].source_of_tokens == "q"
+
+
+def test_what_all_would_leave_out_is_told() -> None:
+    typo = dms_config("all")
+    typo["models"]["d"]["source"] = typo["models"]["d"]["source"] | {"revision": "0" * 40}
+    with pytest.raises(UserError) as caught:
+        config.load(typo)
+    assert "methods.dms: it fits no model" in str(caught.value)
+    assert "models.d: no method fits it" in str(caught.value) and "another revision" in str(caught.value)
 
 
 def test_a_dms_checkpoint_on_another_model_is_refused() -> None:

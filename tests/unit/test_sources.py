@@ -232,6 +232,12 @@ def test_shards_are_those_of_the_index(tmp_path):
         (lambda f: build_checkpoint(f, **{"model.safetensors": None}), ["holds no model.safetensors", "safetensors"]),
         (lambda f: build_checkpoint(f, **{"tokenizer.json": None}), ["ships no tokenizer", "`base`"]),
         (lambda f: build_checkpoint(f, **{"config.json": "{"}), ["config.json is no valid JSON"]),
+        (lambda f: build_checkpoint(f, **{"config.json": "[]"}), ["config.json is no JSON object"]),
+        (lambda f: build_checkpoint(f, {"max_position_embeddings": "x"}), ["has a context of 'x'"]),
+        (
+            lambda f: build_checkpoint(f, **{"model.safetensors": None, "model.safetensors.index.json": "{}"}),
+            ["has no weight_map"],
+        ),
         (lambda f: build_checkpoint(f, {"architectures": None}), ["has no architectures"]),
         (lambda f: build_checkpoint(f, {"max_position_embeddings": None}), ["has no max_position_embeddings"]),
         (lambda f: build_checkpoint(f, {"auto_map": {"AutoModel": "m.M"}}), ["has auto_map", "Remove auto_map"]),

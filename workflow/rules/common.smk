@@ -9,8 +9,8 @@ from pathlib import Path
 SCRIPTS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from kvbench import checkpoint, grid, options, stats
 from kvbench import config as configs
-from kvbench import grid, options, stats
 from kvbench.dms import layout
 from kvbench.errors import UserError
 from kvbench.provenance import canonical, fingerprint
@@ -78,12 +78,17 @@ def code(name):
 
 
 def local_files(source):
-    """The user's own files of a source, so that a change of one is seen; other sources name their content."""
+    """The user's own files of a source, so that a change of one is seen; other sources name their content.
+
+    Of a checkpoint those that loading reads. They lie on this machine, whatever storage the results are in.
+    """
     if not isinstance(source, options.PathSource):
         return []
     if source.path.is_file():
-        return [str(source.path)]
-    return sorted(str(path) for path in source.path.iterdir() if path.is_file())
+        return [local(str(source.path))]
+    read = checkpoint.BESIDE_WEIGHTS + ("*.safetensors",) if (source.path / "config.json").exists() else ("*",)
+    found = {path for pattern in read for path in source.path.glob(pattern) if path.is_file()}
+    return [local(str(path)) for path in sorted(found)]
 
 
 def model_manifest(wildcards):
@@ -105,7 +110,7 @@ def adapter(wildcards):
     if method.dms.retrofit:
         return grid.adapter_folder(CONFIG, method.dms.retrofit)
     # the spec has their hashes, so that a change is seen whatever the files' times are
-    return [ancient(str(path)) for path in layout.contents(method.dms.adapter)]
+    return [ancient(local(str(path))) for path in layout.contents(method.dms.adapter)]
 
 
 def environment(wildcards):
@@ -151,7 +156,7 @@ def corpus_sources(wildcards):
     """A text file needs no prompts."""
     text = retrofit_of(wildcards).text
     if isinstance(text, options.TextFile):
-        return {"file": str(text.path)}
+        return {"file": local(str(text.path))}
     prompts = f"{RESULTS}/prompts/{DATASET}.parquet"
     return {"prompts": prompts, "dataset": f"{RESULTS}/datasets/{DATASET}/manifest.json"}
 
@@ -221,9 +226,8 @@ def summary():
     """What a finished run says: where the report lies, and what is missing from it."""
     gaps = stats.missing(Path(RESULTS, "stats.parquet")) if Path(RESULTS, "stats.parquet").exists() else []
     again = f"To measure them again, delete their files under {RESULTS} and run again."
-    return "\n".join(
-        [f"Report: {RESULTS}/report.html"] + [f"Not measured: {gap}" for gap in gaps] + [again] * bool(gaps)
-    )
+    where = [f"Report: {RESULTS}/report.html"] * Path(RESULTS, "report.html").exists()
+    return "\n".join(where + [f"Not measured: {gap}" for gap in gaps] + [again] * bool(gaps))
 
 
 def last_error():

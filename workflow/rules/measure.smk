@@ -6,7 +6,8 @@
 MEASURE = dict(
     variant=variant_of,
     loading=loading_of,
-    protocol=canonical(CONFIG.protocol.model_dump()),
+    # whether capacity is searched too changes nothing that is measured
+    protocol=canonical(CONFIG.protocol.model_dump(exclude={"capacity"})),
     provenance=code("measure"),
 )
 

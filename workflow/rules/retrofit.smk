@@ -3,8 +3,10 @@
 
 # names of the retrofits that read their model's own text; or what no name is
 OWN = "|".join(re.escape(name) for name, each in CONFIG.retrofits.items() if each.text == "own") or "(?!)"
+# what of a retrofit its text depends on; a window and a cr that any text is long enough for stand for its own
+TEXT = {"model", "text", "tokens", "steps", "batch_size", "held_out", "prose", "seed"}
+ANY_LENGTH = {"window": 1, "cr": 1.1}
 RETROFIT = dict(
-    settings=lambda wildcards: canonical(retrofit_of(wildcards).model_dump(mode="json")),
     variant=retrofit_job,
     loading=retrofit_loading,
     protocol=canonical({}),
@@ -29,6 +31,7 @@ rule corpus:
         runtime=60,
     params:
         **RETROFIT,
+        settings=lambda wildcards: canonical(retrofit_of(wildcards).model_dump(mode="json", include=TEXT) | ANY_LENGTH),
         texts=lambda wildcards, input: (
             f"--prompts {input.prompts} --dataset-manifest {input.dataset}" if hasattr(input, "prompts") else ""
         ),
@@ -74,6 +77,7 @@ rule retrofit:
         runtime=240,
     params:
         **RETROFIT,
+        settings=lambda wildcards: canonical(retrofit_of(wildcards).model_dump(mode="json")),
         provenance=code("retrofit"),
     shell:
         "kvbench retrofit --manifest {input.manifest} --corpus {input.sequences} --settings {params.settings:q}"

@@ -23,9 +23,13 @@ def describe(folder: Path, label: str) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise UserError(f"{label} holds no config.json", "Name a checkpoint that save_pretrained wrote")
     config = files.read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{label}: config.json is no JSON object", "Name a checkpoint that save_pretrained wrote")
     text = config.get("text_config") or config
     context = text.get("max_position_embeddings") or text.get("n_positions")
     architectures = config.get("architectures")
+    if context is not None and not isinstance(context, int):
+        raise UserError(f"{label}: config.json has a context of {context!r}", "Give max_position_embeddings a number")
     if not context or not architectures:
         lacking = "architectures" if context else "max_position_embeddings"
         raise UserError(f"{label}: config.json has no {lacking}", "Name a causal language model's checkpoint")
@@ -59,7 +63,10 @@ def shards(folder: Path) -> list[str]:
     """Names of the weight files, as the index or the one-file convention has it; they may be missing."""
     if not (folder / INDEX).exists():
         return [WEIGHTS]
-    return sorted(set(files.read_json(folder / INDEX)["weight_map"].values()))
+    index = files.read_json(folder / INDEX)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise UserError(f"{folder / INDEX} has no weight_map", "Fetch the checkpoint's index anew, or delete it")
+    return sorted(set(index["weight_map"].values()))
 
 
 def needed(folder: Path, label: str, *, code: bool, weights: bool) -> list[str]:

@@ -34,11 +34,13 @@ from kvbench.options import (
 from kvbench.presses import nearest
 from kvbench.yaml_keys import duplicate_keys
 
+PLACE = r"^[\w./-]+$"
+
 
 class Config(Strict):
     """A run: what is measured, on what, and how."""
 
-    results: str = "results"
+    results: str = Field("results", pattern=PLACE)
     """Folder of everything that the run writes."""
     dataset: Dataset = Dataset()
     models: dict[Name, Model] = Field(min_length=1)
@@ -107,6 +109,13 @@ class Config(Strict):
                     f"workloads.{name}: {workload.prompt_tokens} prompt + {workload.new_tokens} new tokens are more"
                     f" than the {context} of {where}; shorten the workload"
                 )
+        tokens = self.outputs.max_prompt_tokens + self.outputs.new_tokens
+        texts = self.outputs.prompts and not isinstance(model.source, RandomSource)
+        if context is not None and texts and tokens > context:
+            found.append(
+                f"outputs: {self.outputs.max_prompt_tokens} max_prompt_tokens + {self.outputs.new_tokens} new_tokens"
+                f" are more than the {context} of {where}; lower them"
+            )
         tokens = self.quality.prefix_tokens + self.quality.continuation_tokens
         if context is not None and self.quality.windows and tokens > context:
             found.append(
@@ -135,8 +144,9 @@ class Config(Strict):
 
     def _variant_problems(self) -> list[str]:
         if self.variants == "all":
-            return []
-        found, seen = [], set()
+            return self._left_out()
+        found: list[str] = []
+        seen: set[tuple[str, str]] = set()
         for i, pair in enumerate(self.variants):
             for kind, name, known in (
                 ("model", pair.model, self.models),
@@ -148,16 +158,28 @@ class Config(Strict):
                 found.append(f"variants[{i}]: {pair.method} on {pair.model} is listed twice")
             seen.add((pair.model, pair.method))
             if pair.model in self.models and pair.method in self.methods and not self.fits(pair.model, pair.method):
-                found.append(f"variants[{i}]: {self._misfit(pair)}")
+                found.append(f"variants[{i}]: {self.misfit(pair.model, pair.method)}")
         return found
 
-    def _misfit(self, pair: Pair) -> str:
-        retrofit = self.retrofit_of(pair.method)
+    def _left_out(self) -> list[str]:
+        """Methods that fit no model, and models that no method fits, which `all` would leave out in silence."""
+        fitting = [(m, k) for m in self.models for k in self.methods if self.fits(m, k)]
+        known = {k for k in self.methods if (r := self.retrofit_of(k)) is None or r.model in self.models}
+        methods = [k for k in self.methods if k in known - {method for _, method in fitting}]
+        models = [m for m in self.models if m not in {model for model, _ in fitting}]
+        return [f"methods.{k}: it fits no model: {self.misfit(next(iter(self.models)), k)}" for k in methods] + [
+            f"models.{m}: no method fits it: it is a repository that a DMS method names, with another revision"
+            for m in models
+        ]
+
+    def misfit(self, model: str, method: str) -> str:
+        """Why a method cannot run on a model that it does not fit."""
+        retrofit = self.retrofit_of(method)
         if retrofit is not None:
-            return f"{pair.method} is a retrofit of {retrofit.model}, and {pair.model} is another model"
+            return f"{method} is a retrofit of {retrofit.model}, and {model} is another model"
         return (
-            f"{pair.method} is a DMS checkpoint, and {pair.model} is not that repository and"
-            " revision; give it a model whose source is the same"
+            f"{method} is a DMS checkpoint, and {model} is not that repository and revision; give it a model whose"
+            " source is the same"
         )
 
     def retrofit_of(self, method: str) -> Retrofit | None:
@@ -204,7 +226,7 @@ def known_context(source: Any) -> int | None:
         return None
     try:
         return int(json.loads(config.read_text("utf-8"))["max_position_embeddings"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # the source's own stage says what is wrong with it
 
 
@@ -242,6 +264,7 @@ def load(data: dict[str, Any], files: list[str] | None = None) -> Config:
 _FORMS = {
     "^[0-9a-f]{40}$": "full commit hash (40 hex digits)",
     "^[0-9a-f]{64}$": "SHA-256 (64 hex digits)",
+    PLACE: "folder's path of letters, digits, '.', '_', '-' and '/' (it becomes part of shell commands)",
     r"^[\w.-]+/[\w.-]+$": "repository name (owner/name)",
     r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$": "pinned requirement (name==version)",
     f"^{NAME}$": "name (letters, digits, '.', '_' and '-'; it becomes part of a path)",

@@ -147,9 +147,7 @@ def _load(variant: Variant) -> Config:
                 f"{variant.config} has no {kind} {name!r}{nearest(name, known)}", f"It has: {', '.join(known)}"
             )
     if not config.fits(variant.model, variant.method):
-        raise UserError(
-            f"{variant.method} is a DMS checkpoint, and {variant.model} is not it", "Name the model that is"
-        )
+        raise UserError(config.misfit(variant.model, variant.method), "Name a model that it runs on")
     return config
 
 
@@ -157,7 +155,7 @@ def _manifest(config: Config, variant: Variant) -> Manifest:
     path = Path(config.results, "models", variant.model, "manifest.json")
     if not path.exists():
         raise UserError(
-            f"{path} is missing", f"Run `snakemake --cores 1 --configfile {variant.config} {path}`, which fetches it"
+            f"{path} is missing", f"Run `snakemake --cores 1 {path} --configfile {variant.config}`, which fetches it"
         )
     manifest = load_manifest(path)
     if manifest.tokenizer is None:

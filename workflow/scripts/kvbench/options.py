@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -84,7 +85,7 @@ class WheelSource(Strict):
 class PathSource(Strict):
     """A local file (dataset) or folder (model)."""
 
-    path: Annotated[Path, Field(strict=False)]
+    path: Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
     """Path, relative to the working directory or absolute."""
     sha256: Sha256 | None = None
     """For a dataset: what the file must hash to."""
@@ -95,7 +96,7 @@ class RandomSource(Strict):
 
     random: str
     """Name of the architecture among the shapes that come with kvbench, e.g. `Qwen/Qwen3-8B`."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the weights."""
 
 
@@ -133,7 +134,7 @@ class Dataset(Strict):
     """A JSON array of conversations in ShareGPT's form."""
     selection: Literal["article", "human_first"] = "human_first"
     """`human_first`: conversations that a human begins. `article`: the article's list, any first message."""
-    seed: int = 4387
+    seed: int = Field(4387, ge=0, lt=2**32)
     """Seed of the shuffle."""
     min_chars: int = Field(10, ge=1)
     """Least characters of a prompt and of its completion."""

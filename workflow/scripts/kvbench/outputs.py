@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from kvbench import jobs
-from kvbench.errors import Unsupported
+from kvbench.errors import Unsupported, UserError
 from kvbench.jobs import Job
 
 OUTPUTS = pa.schema(
@@ -39,8 +39,15 @@ def outputs(job: Job, prompts: Path, count: int, new_tokens: int, max_prompt_tok
         from kvbench import answers
         from kvbench.manifest import load_manifest
 
-        if load_manifest(job.manifest).tokenizer is None:
+        manifest = load_manifest(job.manifest)
+        if manifest.tokenizer is None:
             raise Unsupported("random weights have no tokenizer, and their text would mean nothing")
+        if manifest.context is not None and max_prompt_tokens + new_tokens > manifest.context:
+            raise UserError(
+                f"Prompts of up to {max_prompt_tokens} tokens and {new_tokens} new ones are more than the context of"
+                f" {manifest.name}, {manifest.context} tokens",
+                "Lower outputs.max_prompt_tokens or outputs.new_tokens",
+            )
         ready = jobs.ready(job, facts)
         ready.method.check(ready.model, 1)
         limits = answers.Limits(count, new_tokens, max_prompt_tokens)

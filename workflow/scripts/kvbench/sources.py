@@ -29,7 +29,8 @@ __all__ = [
     "load_manifest",
 ]
 
-SHAPES = Path(__file__).parent / "shapes"
+DATA = ("shapes",)
+SHAPES = Path(__file__).parent / DATA[0]
 # what a conversion may write into a model's folder: removed before, so that no earlier source shows through
 CONVERTED = ("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja")
 CONVERTED_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -13,11 +13,12 @@ class _Strict(yaml.SafeLoader):
 def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key, _ in node.value:
-        if key.value in seen:
+        if key.value in seen and key.value != "<<":
             loader.duplicates.append(
                 f"line {key.start_mark.line + 1}: the key {key.value!r} is given twice; rename or remove one"
             )
         seen.add(key.value)
+    loader.flatten_mapping(node)
     return dict(loader.construct_pairs(node, deep=True))
 
 
@@ -30,6 +31,8 @@ def duplicate_keys(path: Path) -> list[str]:
     loader.duplicates = []
     try:
         loader.get_single_data()
+    except yaml.YAMLError:
+        return []  # what is read as JSON, tabs and all, or what Snakemake has its own words for
     finally:
         loader.dispose()
     return [f"{path.name} {problem}" for problem in loader.duplicates]
