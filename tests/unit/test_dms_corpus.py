@@ -1,6 +1,6 @@
 """A retrofit's text: of one length, no text on both sides, and none twice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny
 import tinyrun
-from kvbench import book
-from kvbench.dms import corpus
+from kvbench import book, conversations, workload
+from kvbench.dms import corpus, overlap
 from kvbench.dms.corpus import HELD_OUT, Request, Sequence
 from kvbench.errors import UserError
 from kvbench.options import CONTINUATION
@@ -50,6 +52,13 @@ def make(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Make:
     return run
 
 
+def opened(folder: Path) -> tuple[Any, Path, Path]:
+    """What `workload.conversation_texts` takes."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "model"), folder / "prompts.parquet", folder / "dataset.json"
+
+
 def split(made: list[Sequence]) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
     """Those to train on, those held out of the same texts, and the book's."""
     return (
@@ -70,6 +79,55 @@ def test_first_texts_are_held_out_and_none_is_on_both_sides(text: str, tokens: i
     assert {each.document for each in train} <= set(order[border:])
     assert {each.document for each in held_out} <= set(order[:border])
     assert len({each.document for each in held_out}) == len(held_out)
+
+
+def test_a_part_or_a_repetition_of_what_is_held_out_is_not_trained_on(
+    make: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = pq.read_table(folder / "prompts.parquet")["conversation_id"].to_pylist()
+    border = len(order) // 4
+    texts = list(workload.conversation_texts(*opened(folder)))
+    part, again, last = (texts[border + i][0] for i in range(3))
+    renamed = {order[0]: "QWJhYvA_0", part["conversation_id"]: "QWJhYvA_13"}
+
+    def changed(*_: Any) -> Iterator[tuple[dict[str, Any], str]]:
+        for row, text in texts:
+            name = row["conversation_id"]
+            # the second is the first held-out text again, with another beginning
+            said = f"Say it once more. {texts[0][1]}" if name == again["conversation_id"] else text
+            yield row | {"conversation_id": renamed.get(name, name)}, said
+
+    monkeypatch.setattr(corpus.workload, "conversation_texts", changed)
+    train, held_out, _ = split(make("conversations", 1000))
+    assert "QWJhYvA_0" in {each.document for each in held_out}
+    named = {each.document for each in train}
+    assert named.isdisjoint({"QWJhYvA_13", again["conversation_id"]}) and last["conversation_id"] in named
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=60, max_size=120),
+    st.lists(st.integers(10, 19), max_size=60),
+    st.lists(st.integers(10, 19), max_size=60),
+    st.integers(0, 20),
+)
+def test_a_common_stretch_is_found_wherever_it_lies(
+    text: list[int], before: list[int], after: list[int], start: int
+) -> None:
+    seen = overlap.Seen()
+    assert not seen.overlaps(text)
+    seen.add(text)
+    stretch = text[start : start + 2 * overlap.GRAM - 1]
+    if len(stretch) == 2 * overlap.GRAM - 1:
+        assert seen.overlaps(before + stretch + after)
+    assert not seen.overlaps(before + after)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("QWJhYvA_13", "QWJhYvA"), ("QWJhYvA", "QWJhYvA"), ("user_13", "user_13"), ("QWJhYvA_13_2", "QWJhYvA_13_2")],
+)
+def test_a_part_is_of_its_conversation(name: str, expected: str) -> None:
+    assert conversations.whole(name) == expected
 
 
 def test_conversations_are_laid_end_to_end_and_cut(make: Make, tokenizer: Any, folder: Path) -> None:

@@ -75,7 +75,7 @@ def test_what_is_no_adapter_is_said(tmp_path: Path) -> None:
 
 def test_heads_for_another_model_are_refused(tmp_path: Path) -> None:
     evict.save(evict.Heads(30, 3, 576, 64), tmp_path)
-    with pytest.raises(UserError, match="30 layers × 3 KV heads × 576 hidden"):
+    with pytest.raises(Unsupported, match="30 layers × 3 KV heads × 576 hidden"):
         adapter.load(tiny.model("Llama"), tmp_path)
     with pytest.raises(Unsupported, match="phi3"):
         evict.attach(tiny.model("Phi3"), evict.Heads(3, 2, 64, 8))

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from kvbench.dms import adapter, corpus, evict
 from kvbench.dms.corpus import Sequence
 from kvbench.dms.judge import judge
 from kvbench.dms.student import Student
-from kvbench.errors import UserError
+from kvbench.errors import Unsupported, UserError
 from kvbench.manifest import load_manifest
 from kvbench.methods import build
 from kvbench.options import CONTINUATION, Retrofit
@@ -208,5 +210,41 @@ def test_a_corpus_job_counts_what_it_found(
 def test_weights_of_another_model_are_refused(train: Any) -> None:
     made = train(lora_rank=None, whole_model=True)
     other = copy.deepcopy(tiny.model("Qwen3"))  # its heads have the same sizes, and it has norms that they have not
-    with pytest.raises(UserError, match="weights of another model"):
+    with pytest.raises(Unsupported, match="weights of another model"):
         adapter.load(other, made / "adapter")
+
+
+def test_what_dms_could_not_run_is_not_trained(folder: Path, tmp_path: Path, train: Any) -> None:
+    tiny.sliding(200).save_pretrained(tmp_path / "sliding")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "model" / name, tmp_path / "sliding" / name)
+    before = (folder / "model.json").read_bytes()
+    try:
+        sources.fetch_model("tiny", {"path": str(tmp_path / "sliding")}, folder / "model.json")
+        with pytest.raises(UserError, match="sliding-window layers"):
+            train()
+    finally:
+        (folder / "model.json").write_bytes(before)
+    assert not (tmp_path / "made" / "resume").exists()
+
+
+def test_a_run_that_ends_before_its_curve_is_written_keeps_its_checkpoints(
+    train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, write = train("whole"), retrofit.tables.write
+    monkeypatch.setattr(retrofit.tables, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    monkeypatch.setattr(retrofit.tables, "write", write)
+    assert contents(train()) == contents(whole)
+
+
+def test_a_state_of_other_code_is_not_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    from kvbench.dms.run import Run
+
+    def key(code: str) -> str:
+        made = dataclasses.replace(job(folder, tmp_path / "curve.parquet"), provenance={"code": code})
+        manifest = load_manifest(folder / "model.json")
+        return Run(made, manifest, folder / "corpus.parquet", Retrofit(**SETTINGS), {"dtype": "torch.float32"})._key()
+
+    assert key("a") == key("a") != key("b")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from kvbench import text_metrics
+from kvbench import conversations, text_metrics
 from kvbench.diff import common_prefix
 from kvbench.verdicts import DISTRIBUTION, RETRIEVAL, TEXT, Metric
 
@@ -163,7 +163,7 @@ def _compared(row: dict[str, Any], reference: dict[str, Any] | None) -> dict[str
     other = (reference["text"] or "") if reference is not None else None
     known = {
         "rank": row["rank"],
-        "document": row["conversation_id"] or str(row["rank"]),
+        "document": conversations.whole(row["conversation_id"] or str(row["rank"])),
         "slice": "outputs" if (row.get("way") or "alone") == "alone" else f"outputs/{row['way']}",
         "part": None,
         "simulated": row["simulated"],

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kvbench import book, jobs, window_table, workload
+from kvbench import book, conversations, jobs, window_table, workload
 from kvbench.errors import Unsupported, UserError
 from kvbench.jobs import Job
 from kvbench.manifest import Manifest, load_manifest
@@ -86,7 +86,7 @@ def windows(tokenizer: Any, prompts: Path, dataset: Path, request: Request, load
     tokens = request.prefix_tokens + request.continuation_tokens + 1
     if "conversations" in request.corpora:
         others = workload.whole_conversations(tokenizer, prompts, dataset, tokens, taken)
-        texts = [(str(row.conversation_id), row.input_ids) for row in islice(others, request.windows)]
+        texts = [(_document(row), row.input_ids) for row in islice(others, request.windows)]
         found += _cut("conversations", texts, request)
     if "book" in request.corpora:
         found += _cut("book", list(islice(book.pieces(tokenizer, tokens, book.chapters()), request.windows)), request)
@@ -106,9 +106,14 @@ def _own(model: Any, rows: list[workload.Row], request: Request) -> list[Window]
         ids = torch.tensor([row.input_ids for row in rows[start : start + at_once]], device=model.device)
         written += generate(model, ids, Dense(), request.continuation_tokens + 1).tokens.tolist()
     return [
-        Window("own", str(row.conversation_id), number, row.input_ids, text)
+        Window("own", _document(row), number, row.input_ids, text)
         for number, (row, text) in enumerate(zip(rows, written, strict=True))
     ]
+
+
+def _document(row: workload.Row) -> str:
+    """What a window is of: parts of one conversation are not independent."""
+    return conversations.whole(str(row.conversation_id))
 
 
 def _cut(corpus: str, texts: list[tuple[str, list[int]]], request: Request) -> list[Window]:

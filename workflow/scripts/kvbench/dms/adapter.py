@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kvbench.dms import evict, layout
-from kvbench.errors import UserError
+from kvbench.errors import Unsupported, UserError
 
 
 def load(model: Any, folder: Path, threshold: float = 0.0) -> evict.Heads:
@@ -24,8 +24,8 @@ def load(model: Any, folder: Path, threshold: float = 0.0) -> evict.Heads:
 
     Raises
     ------
-    UserError : the folder holds no heads, half a LoRA, or an adapter for another model.
-    Unsupported : an architecture that DMS does not know.
+    UserError : the folder holds no heads, or half a LoRA.
+    Unsupported : an architecture that DMS does not know, or an adapter for another model.
     """
     if problem := layout.problem(folder):
         raise UserError(problem, "Give the folder of a DMS adapter, as the retrofit writes it")
@@ -46,9 +46,7 @@ def _merge(model: Any, folder: Path) -> None:
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"the LoRA in {folder} does not fit the model: {first}", "Use the adapter that was trained for it"
-        ) from error
+        raise Unsupported(f"the LoRA in {folder} was trained for another model: {first}") from error
     assert merged is model, "peft gives the model back that it was given"
 
 
@@ -59,7 +57,7 @@ def _replace(model: Any, path: Path) -> None:
     weights, places = load_file(path), dict(model.named_parameters())
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     if shapes != {name: tuple(value.shape) for name, value in places.items()}:
-        raise UserError(f"{path} holds the weights of another model", "Use the adapter that was trained for it")
+        raise Unsupported(f"{path} holds the weights of another model")
     with torch.no_grad():
         for name, value in weights.items():
             places[name].copy_(value)

@@ -122,6 +122,7 @@ class CompactCache:
         return (
             isinstance(other, CompactCache)
             and other.window == self.window
+            and other.seen <= self._prompt  # what is decoded after a longer one would outgrow the tables
             and len(other.layers) == len(self.layers)
             and all(
                 new.lengths.shape == mine.lengths.shape and new.table.shape[-1] <= mine.table.shape[-1]

@@ -11,8 +11,9 @@ a file's path
 With each comes some prose, so that a model is not changed for one kind of text alone.
 
 What is held out comes first: the first texts in rank order (a file's first characters) are those that other stages
-measure on too, so a model is not judged on what it was trained on. A part of a book that no training sees is held out
-besides.
+measure on too. A conversation of which a part is held out, or that repeats a stretch of what is, is left out of the
+training: ShareGPT holds long conversations in parts, and some more than once. A part of a book that no training sees is
+held out besides.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvbench import book, tables, workload
+from kvbench import book, conversations, tables, workload
+from kvbench.dms.overlap import Seen
 from kvbench.errors import UserError
 from kvbench.options import CONTINUATION
 
@@ -139,10 +141,16 @@ class _Taken:
         self.found: dict[str, list[Sequence]] = {"train": [], "held_out": []}
         self.left: list[int] = []
         self.left_of = ""
+        self.apart: set[str] = set()
+        self.judged: set[str] = set()
 
-    def split(self, place: int) -> str:
-        """Which split the text at this place belongs to."""
-        return "held_out" if place < self.first_trained else "train"
+    def split(self, row: dict[str, Any]) -> str:
+        """Which split a prompt's conversation belongs to; "" where another part of it is held out."""
+        whole = conversations.whole(str(row["conversation_id"]))
+        if row["rank"] < self.first_trained:
+            self.apart.add(whole)
+            return "held_out"
+        return "" if whole in self.apart else "train"
 
     def missing(self, split: str) -> int:
         request = self.request
@@ -156,11 +164,13 @@ class _Taken:
         return self.request.tokens + CONTINUATION * (split == "held_out")
 
     def add(self, split: str, corpus: str, document: str, ids: list[int]) -> None:
-        """Cut ids into pieces; of a text that is held out, one piece is enough."""
-        size = self.length(split)
+        """Cut ids into pieces; of a conversation that is held out, one piece is enough."""
+        size, whole = self.length(split), conversations.whole(document)
+        once = split == "held_out" and corpus != "file"
         for start in range(0, len(ids) - size + 1, size):
-            if self.full(split) or (split == "held_out" and start and corpus != "file"):
+            if self.full(split) or (once and whole in self.judged):
                 return
+            self.judged.add(whole)
             self.found[split].append(Sequence(split, corpus, document, ids[start : start + size]))
 
     def lay(self, corpus: str, document: str, ids: list[int]) -> None:
@@ -186,17 +196,18 @@ class _Taken:
 def _of_conversations(tokenizer: Any, prompts: Path, dataset: Path, request: Request) -> list[Sequence]:
     taken = _Taken(request, pq.ParquetFile(prompts).metadata.num_rows)
     texts = workload.conversation_texts(tokenizer, prompts, dataset)
+    seen, left_out = Seen(), 0
     while not taken.full("train") and (batch := list(islice(texts, PROMPTS_AT_ONCE))):
-        wanted = []
-        for row, text in batch:
-            split = taken.split(row["rank"])
-            if text and not taken.full(split):
-                wanted.append((split, str(row["conversation_id"]), text))
+        wanted = [(taken.split(row), str(row["conversation_id"]), text) for row, text in batch if text]
         for (split, document, _), ids in zip(wanted, _ids(tokenizer, [text for *_, text in wanted]), strict=True):
-            if split == "train":
+            if split == "held_out":
+                taken.add(split, "conversations", document, ids)
+                seen.add(ids)
+            elif split == "train" and not seen.overlaps(ids):
                 taken.lay("conversations", document, ids)
             else:
-                taken.add(split, "conversations", document, ids)
+                left_out += 1
+    print(f"{left_out} conversations are left out: parts or repetitions of those that are held out", flush=True)
     return taken.all
 
 
@@ -232,8 +243,8 @@ def _own(model: Any, tokenizer: Any, prompts: Path, request: Request) -> list[Se
         for (document, _), ids in zip(some, texts, strict=True):
             taken.add(split, "own", document, ids)
 
-    for row, text in workload.first_message_texts(tokenizer, prompts):
-        split = taken.split(row["rank"])
+    texts = ((taken.split(row), row, text) for row, text in workload.first_message_texts(tokenizer, prompts))
+    for split, row, text in (each for each in texts if each[0]):
         if text and not taken.full(split):
             ids = _ids(tokenizer, [text])[0]
             if len(ids) <= request.tokens // 2:
@@ -254,16 +265,23 @@ def sample(model: Any, prompts: list[list[int]], tokens: int, seed: int) -> list
     The end of an answer is never drawn, so that each has its length.
     """
     import torch
+    from transformers import GenerationConfig
 
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     torch.manual_seed(seed)
     new = tokens - shortest
-    written = model.generate(
-        ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=new,
-        max_new_tokens=new, pad_token_id=0,
-    )[:, longest:].tolist()  # fmt: skip
+    # settings of our own: those that a checkpoint brings may penalise or cut what its distribution has
+    plain = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0,
+        eos_token_id=model.generation_config.eos_token_id,
+    )  # fmt: skip
+    before, model.generation_config = model.generation_config, plain
+    try:
+        written = model.generate(ids, attention_mask=mask)[:, longest:].tolist()
+    finally:
+        model.generation_config = before
     return [(row + new)[:tokens] for row, new in zip(prompts, written, strict=True)]
 
 

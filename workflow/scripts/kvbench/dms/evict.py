@@ -162,9 +162,9 @@ def check(model: Any, heads: Heads) -> None:
     wanted, found = sizes(config), tuple(heads.weight.shape)
     if wanted != found:
         words = "{} layers × {} KV heads × {} hidden"
-        raise UserError(
-            f"these eviction heads are for {words.format(*found)}, and the model has {words.format(*wanted)}",
-            "Use the adapter that was trained for this model",
+        raise Unsupported(
+            f"these eviction heads are for {words.format(*found)}, and the model has {words.format(*wanted)}: they were"
+            " trained for another one"
         )
 
 

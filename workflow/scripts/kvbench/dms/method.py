@@ -6,12 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from kvbench import packed
+from kvbench.architecture import windows
 from kvbench.dms import adapter, evict
 from kvbench.dms.attention import ATTENTION
 from kvbench.dms.cache import CompactCache, join
 from kvbench.errors import Unsupported
 from kvbench.methods import Dense
 from kvbench.ragged import fits_kernel
+
+
+def check(model: Any) -> None:
+    """Raise `Unsupported` for a model that DMS cannot run on: of another kind, with sliding windows, or odd heads."""
+    if model.config.model_type not in evict.MODEL_TYPES:
+        raise Unsupported(f"DMS knows {', '.join(evict.MODEL_TYPES)} models; this one is {model.config.model_type}")
+    if any(window is not None for window in windows(model.config)):
+        raise Unsupported("DMS decides itself which tokens a head sees, and this model has sliding-window layers")
+    head_dim = model.model.layers[0].self_attn.head_dim
+    if model.device.type == "cuda" and not fits_kernel(head_dim):
+        raise Unsupported(f"the DMS kernels want a head_dim that is a power of two from 16 on, not {head_dim}")
 
 
 class Dms(Dense):
@@ -44,7 +56,7 @@ class Dms(Dense):
         UserError, Unsupported : as `adapter.load`.
         """
         if self._heads is None or self._model is not model:
-            packed.check(model)
+            check(model)
             self._heads = adapter.load(model, self.folder, self.threshold)
             evict.attach(model, self._heads)
             self._model = model
@@ -52,9 +64,6 @@ class Dms(Dense):
 
     def check(self, model: Any, batch_size: int) -> None:
         self.heads(model)
-        head_dim = model.model.layers[0].self_attn.head_dim
-        if model.device.type == "cuda" and not fits_kernel(head_dim):
-            raise Unsupported(f"the DMS kernels want a head_dim that is a power of two from 16 on, not {head_dim}")
 
     def cache(self, model: Any) -> CompactCache:
         return CompactCache(self.heads(model).window)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvbench import files, jobs
-from kvbench.dms import artefact, corpus
+from kvbench.dms import artefact, corpus, method
 from kvbench.dms.evict import MODEL_TYPES
 from kvbench.dms.student import Student
 from kvbench.dms.train import Row, Trainer
@@ -51,6 +51,7 @@ class Run:
         """Train to the end and keep the adapter; returns the training curve."""
         settings = self.settings
         model = jobs.ready(self.job, self.facts).model
+        method.check(model)  # what could not be run must not be trained
         student = Student(model, settings.window, settings.lora_rank, settings.whole_model, settings.seed)
         key = self._key()
         trainer: Trainer
@@ -80,6 +81,8 @@ class Run:
                 "corpus": files.sha256(self.path),
                 "base": self.base["weights"],
                 "dtype": self.facts["dtype"],
+                "code": self.job.provenance.get("code"),
+                "versions": versions((*PACKAGES, "peft")),
             }
         )
 
@@ -89,7 +92,7 @@ class Run:
             state = torch.load(self.state, map_location="cpu", weights_only=True)
             if state.pop("key") == key:
                 return state
-            print(f"{self.state} is of a run with other settings: beginning anew", flush=True)
+            print(f"{self.state} is of a run with other settings, code or packages: beginning anew", flush=True)
         shutil.rmtree(self.state.parent, ignore_errors=True)
         return None
 
@@ -105,11 +108,11 @@ class Run:
         }
 
     def _hand_over(self) -> None:
-        """Move the checkpoints to where they stay: until now they lay where no other run removes them."""
+        """Copy the checkpoints to where they stay: a run that is killed before its curve is written needs its own."""
         there, here = self.folder / "checkpoints", self.folder / "resume" / "checkpoints"
         shutil.rmtree(there, ignore_errors=True)
         here.mkdir(parents=True, exist_ok=True)
-        here.rename(there)
+        shutil.copytree(here, there)
 
 
 def _fitting(path: Path, settings: Retrofit) -> corpus.Corpus:

@@ -134,7 +134,9 @@ class Trainer:
                 bar.update()
                 self._fit(bar)
                 self._evaluate(bar)
-                if self.step % self.settings.checkpoint_steps == 0 and self.step < self.steps:
+                due = self.step % self.settings.checkpoint_steps == 0 and self.step < self.steps
+                # not while the speed is being measured: a run that goes on from there would measure its start
+                if due and (self.settings.max_seconds is None or self.step >= TIMED[1]):
                     self.save(self.state())
 
     def _evaluate(self, bar: Any) -> None:
