@@ -288,7 +288,7 @@ class Retrofit(Strict):
     checkpoint_steps: int = Field(500, ge=1)
     """Steps after which the state is saved, from which a killed run goes on."""
     seed: int = Field(0, ge=0)
-    """Seed of the LoRA and of the sequences' order."""
+    """Seed of the LoRA, of the sequences' order, and of the model's own answers."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Retrofit":

@@ -210,6 +210,12 @@ def conversation_texts(tokenizer: Any, prompts: Path, dataset_manifest: Path) ->
         yield prompt, _render(tokenizer, messages)
 
 
+def common_beginning(tokenizer: Any) -> int:
+    """How many tokens every conversation begins with, by the chat template: a system prompt, say."""
+    one, other = (tokenizer(_render(tokenizer, [("user", text)]))["input_ids"] for text in ("a", "b"))
+    return next((i for i, (mine, its) in enumerate(zip(one, other, strict=False)) if mine != its), 0)
+
+
 def first_message_texts(tokenizer: Any, prompts: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """First messages in rank order: a prompt's row, and the message as the model is asked it."""
     for prompt in _prompts(prompts):

@@ -196,14 +196,14 @@ class _Taken:
 def _of_conversations(tokenizer: Any, prompts: Path, dataset: Path, request: Request) -> list[Sequence]:
     taken = _Taken(request, pq.ParquetFile(prompts).metadata.num_rows)
     texts = workload.conversation_texts(tokenizer, prompts, dataset)
-    seen, left_out = Seen(), 0
+    seen, left_out, begins = Seen(), 0, workload.common_beginning(tokenizer)
     while not taken.full("train") and (batch := list(islice(texts, PROMPTS_AT_ONCE))):
         wanted = [(taken.split(row), str(row["conversation_id"]), text) for row, text in batch if text]
         for (split, document, _), ids in zip(wanted, _ids(tokenizer, [text for *_, text in wanted]), strict=True):
             if split == "held_out":
                 taken.add(split, "conversations", document, ids)
-                seen.add(ids)
-            elif split == "train" and not seen.overlaps(ids):
+                seen.add(ids[begins:])
+            elif split == "train" and not seen.overlaps(ids[begins:]):
                 taken.lay("conversations", document, ids)
             else:
                 left_out += 1

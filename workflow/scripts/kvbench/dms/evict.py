@@ -41,7 +41,7 @@ class Heads(nn.Module):
     ----------
     layers, kv_heads, hidden : the model's sizes.
     window : how many positions an evicted token stays readable; at least 1.
-    about : what is known of their making, all strings (``base_model``, ``base_revision``, ``compression_ratio``).
+    about : what is known of their making, all strings (``base_model``, ``base_revision``, ``base_sha256``).
 
     Attributes
     ----------
