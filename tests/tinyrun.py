@@ -71,7 +71,7 @@ def config(folder: Path) -> dict[str, Any]:
         },
         "workloads": {"short": {"batch_size": 2, "prompt_tokens": 24, "new_tokens": 4}},
         "protocol": {"repeats": 2, "max_warmup_runs": 1},
-        "outputs": {"prompts": 2, "new_tokens": 4},
+        "outputs": {"prompts": 2, "new_tokens": 4, "max_prompt_tokens": 400},
         "quality": {
             "windows": 2,
             "prefix_tokens": 24,

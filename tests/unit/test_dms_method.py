@@ -1,7 +1,9 @@
 """DMS in every engine: the tokens of the rule, step by step, and bytes that are freed."""
 
 import copy
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,3 +157,12 @@ def test_a_prompt_within_the_window_has_nothing_to_evict_and_simulates_nothing(a
 def test_the_articles_way_is_unsupported(adapter: Path) -> None:
     with pytest.raises(Unsupported, match="article"):
         method(adapter).everywhere(tiny.model())
+
+
+def test_an_adapter_of_other_weights_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = evict.Heads(3, 2, 64, 8, {"base_sha256": json.dumps({"model.safetensors": "a" * 64})})
+    evict.save(heads, tmp_path)
+    for digest, said in (("a" * 64, False), ("b" * 64, True)):
+        manifest = SimpleNamespace(name="tiny", files=[{"path": "model.safetensors", "sha256": digest}])
+        with methods.build({"dms": {"adapter": str(tmp_path)}}).loading(manifest):
+            assert ("trained on other weights than those of tiny" in capsys.readouterr().out) is said

@@ -25,7 +25,7 @@ def test_cells_that_cannot_be_measured_are_rows_and_the_run_goes_on(tmp_path: Pa
         "masks": {"press": "AdaKVPress", "args": {"press": {"press": "KnormPress", "args": HALF}}},
         "knorm": {"press": "KnormPress", "args": HALF},
     }
-    config = tinyrun.make(tmp_path, methods=methods, outputs={"prompts": 1, "new_tokens": 2})
+    config = tinyrun.make(tmp_path, methods=methods, outputs={"prompts": 1, "new_tokens": 2, "max_prompt_tokens": 400})
     evict.save(dms_reference.heads(0.3, 8), tmp_path / "adapters/mine")
     done = snakemake(ROOT, tmp_path, config)
     assert done.status == 0, done.output

@@ -148,7 +148,7 @@ def test_an_edit_reruns_what_reads_it(run: Run, name: str, jobs: dict[str, int])
 
 def test_nothing_else_reruns(run: Run) -> None:
     assert run.plan() == {}
-    assert run.plan(outputs={"prompts": 1, "new_tokens": 2}, protocol={"repeats": 7}) == {}
+    assert run.plan(outputs={"prompts": 1, "new_tokens": 2, "max_prompt_tokens": 400}, protocol={"repeats": 7}) == {}
 
 
 def test_another_press_argument_reruns_that_variant_only(run: Run) -> None:

@@ -155,3 +155,23 @@ def test_a_changed_dataset_reruns_what_comes_of_it(run: Run) -> None:
         assert run.plan()["fetch_dataset"] == 1
     finally:
         path.write_text(before, "utf-8")
+
+
+def test_a_search_for_what_fits_measures_nothing_again(run: Run) -> None:
+    protocol = tinyrun.config(run.folder)["protocol"] | {"capacity": True}
+    assert run.plan(protocol=protocol) == {"capacity": 2, "plan": 1} | AFTER | JUDGED
+
+
+def test_a_file_that_loading_does_not_read_reruns_nothing(run: Run) -> None:
+    for name in (".DS_Store", "notes.md"):
+        (run.folder / "model" / name).write_text("nothing")
+    try:
+        assert run.plan() == {}
+    finally:
+        for name in (".DS_Store", "notes.md"):
+            (run.folder / "model" / name).unlink()
+
+
+def test_shapes_that_change_are_fetched_again(run: Run) -> None:
+    name = f"{KVBENCH}/shapes/Qwen--Qwen3-0.6B.json"
+    assert edited(run, name, lambda text: text.replace("{", "{ ", 1))["fetch_model"] == 1

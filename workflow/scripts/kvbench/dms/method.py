@@ -1,7 +1,8 @@
 """DMS as a method of a run."""
 
+import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ class Dms(Dense):
         self.threshold = threshold
         self._model: Any = None
         self._heads: evict.Heads | None = None
+
+    def loading(self, manifest: Any) -> AbstractContextManager[Any]:
+        """Say in the job's log where the adapter was trained on other weights, which changes what it is worth."""
+        trained = json.loads(evict.load(self.folder).about.get("base_sha256", "{}"))
+        own = {file["path"]: file["sha256"] for file in manifest.files}
+        if any(own.get(name) != digest for name, digest in trained.items()):
+            print(f"{self.folder} was trained on other weights than those of {manifest.name}", flush=True)
+        return nullcontext()
 
     def heads(self, model: Any) -> evict.Heads:
         """The eviction heads, attached to the model; the adapter is read and merged when first asked for.
