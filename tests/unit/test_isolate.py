@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,13 @@ def work():
 isolated(work, died=lambda reason: Path({here!r}, "row").write_text(reason))
 print("after")
 """
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves a socket's the room that it needs."""
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        yield Path(name)
 
 
 @pytest.fixture(params=["own fork", "warm server"])
@@ -119,11 +128,11 @@ def test_work_that_is_not_shared_starts_no_server(tmp_path: Path) -> None:
     assert made.stdout == "done\n" and not list(tmp_path.iterdir())
 
 
-def test_a_server_that_was_started_before_there_was_a_job_serves_the_first(tmp_path: Path) -> None:
-    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(tmp_path)}
+def test_a_server_that_was_started_before_there_was_a_job_serves_the_first(tmp_path: Path, short: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(short)}
     begin = [sys.executable, "-c", "from kvbench import warm; warm.begin(); warm.begin()"]
     subprocess.run(begin, env=env | LIBRARY, check=True, timeout=60)
-    (listening,) = (path for path in tmp_path.iterdir() if path.is_socket())
+    (listening,) = (path for path in short.iterdir() if path.is_socket())
     before = listening.stat().st_ino
     start(tmp_path, "Path(sys.argv[0] + '.seen').write_text(str('torch' in sys.modules))", env).communicate(timeout=120)
     assert (tmp_path / "program.py.seen").read_text() == "True"
@@ -137,12 +146,12 @@ def test_without_a_run_no_server_is_started(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
-def test_a_client_that_dies_in_the_middle_takes_no_other_along(tmp_path: Path) -> None:
-    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(tmp_path)}
+def test_a_client_that_dies_in_the_middle_takes_no_other_along(tmp_path: Path, short: Path) -> None:
+    env = dict(os.environ) | {"KVBENCH_RUN": str(os.getpid()), "TMPDIR": str(short)}
     job = start(tmp_path, "time.sleep(3); Path(sys.argv[0] + '.done').touch()", env)
     while not (tmp_path / "pid").exists():
         time.sleep(0.02)
-    (listening,) = (path for path in tmp_path.iterdir() if path.is_socket())
+    (listening,) = (path for path in short.iterdir() if path.is_socket())
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(listening))
         socket.send_fds(client, [(100).to_bytes(8, "big")], [1, 2])
