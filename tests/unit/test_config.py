@@ -297,7 +297,13 @@ def test_what_all_would_leave_out_is_told() -> None:
     with pytest.raises(UserError) as caught:
         config.load(typo)
     assert "methods.dms: it fits no model" in str(caught.value)
-    assert "models.d: no method fits it" in str(caught.value) and "another revision" in str(caught.value)
+    assert "models.d: no method fits it" in str(caught.value) and "models.q" not in str(caught.value)
+
+
+def test_a_model_may_be_there_for_another_ones_tokens_alone() -> None:
+    alone = dms_config("all")
+    del alone["methods"]["baseline"]
+    assert [variant.model for variant in grid.variants(config.load(alone))] == ["d"]
 
 
 def test_a_dms_checkpoint_on_another_model_is_refused() -> None:

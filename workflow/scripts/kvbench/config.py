@@ -166,10 +166,11 @@ class Config(Strict):
         fitting = [(m, k) for m in self.models for k in self.methods if self.fits(m, k)]
         known = {k for k in self.methods if (r := self.retrofit_of(k)) is None or r.model in self.models}
         methods = [k for k in self.methods if k in known - {method for _, method in fitting}]
-        models = [m for m in self.models if m not in {model for model, _ in fitting}]
+        used = {model for model, _ in fitting} | {model.base for model in self.models.values()}
         return [f"methods.{k}: it fits no model: {self.misfit(next(iter(self.models)), k)}" for k in methods] + [
-            f"models.{m}: no method fits it: it is a repository that a DMS method names, with another revision"
-            for m in models
+            f"models.{m}: no method fits it: each runs on another repository or revision, or on another model"
+            for m in self.models
+            if m not in used
         ]
 
     def misfit(self, model: str, method: str) -> str:
