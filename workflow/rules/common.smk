@@ -46,20 +46,6 @@ shell.prefix(
 )
 
 
-# what needs the network, which compute nodes often lack, or takes a second
-localrules:
-    fetch_model,
-    fetch_dataset,
-    plan,
-    stats,
-    quality_stats,
-    bars,
-    roofline,
-    quality_plots,
-    training_curve,
-    report,
-
-
 wildcard_constraints:
     model=options.NAME,
     method=options.NAME,

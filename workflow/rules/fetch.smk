@@ -11,6 +11,8 @@ rule fetch_model:
         f"{RESULTS}/logs/models/{{model}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/models/{{model}}.tsv"
+    # needs the network, which compute nodes often lack
+    localrule: True
     conda:
         "../../envs/gpu.yaml"
     params:
@@ -34,6 +36,8 @@ rule fetch_dataset:
         f"{RESULTS}/logs/datasets/{DATASET}.log",
     benchmark:
         f"{RESULTS}/benchmarks/datasets/{DATASET}.tsv"
+    # needs the network, which compute nodes often lack
+    localrule: True
     conda:
         "../../envs/gpu.yaml"
     params:

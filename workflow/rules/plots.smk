@@ -16,6 +16,7 @@ rule bars:
         f"{RESULTS}/logs/plots/bars-{{workload}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/plots/bars-{{workload}}.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     params:
@@ -40,6 +41,7 @@ rule roofline:
         f"{RESULTS}/logs/plots/roofline.log",
     benchmark:
         f"{RESULTS}/benchmarks/plots/roofline.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     params:
@@ -66,6 +68,7 @@ rule quality_plots:
         f"{RESULTS}/benchmarks/plots/{{figure}}.tsv"
     wildcard_constraints:
         figure="kl-by-kept-fraction|kl-by-distance|retrieval",
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     params:

@@ -100,6 +100,7 @@ rule training_curve:
         f"{RESULTS}/logs/plots/retrofit-{{retrofit}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/plots/retrofit-{{retrofit}}.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     params:

@@ -1,12 +1,13 @@
 # Every job's files become three tables: one row a repeat, one row a cell, and one row a figure of quality.
 
 
+# a file, because a thousand cells do not fit on a command line
 rule plan:
-    # a file, because a thousand cells do not fit on a command line
     output:
         plan=f"{RESULTS}/plan.json",
     log:
         f"{RESULTS}/logs/plan.log",
+    localrule: True
     params:
         plan=canonical(grid.plan(CONFIG)),
     run:
@@ -33,6 +34,7 @@ rule stats:
         f"{RESULTS}/logs/stats.log",
     benchmark:
         f"{RESULTS}/benchmarks/stats.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     params:
@@ -54,6 +56,7 @@ rule quality_stats:
         f"{RESULTS}/logs/quality_stats.log",
     benchmark:
         f"{RESULTS}/benchmarks/quality_stats.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     params:
