@@ -67,3 +67,15 @@ def test_what_says_nothing_of_this_cell(
     place.mkdir()
     tried(place, ".parquet", status, reason, sizes, **facts)
     assert left_out(place, ".parquet") is None
+
+
+def test_a_cell_says_which_attention_kernels_it_runs() -> None:
+    import torch
+
+    from kvbench import engines, methods
+    from kvbench.dms.method import Dms
+
+    hf, packed = (engines.engine(name, torch.device("cpu")) for name in ("hf", "graph"))
+    assert cells._kernels("sdpa", methods.Dense(), hf) == "sdpa"
+    assert cells._kernels("sdpa", methods.Dense(), packed) == "sdpa, decode kvbench_packed"
+    assert cells._kernels("sdpa", Dms(Path("adapter")), packed) == "kvbench_dms"

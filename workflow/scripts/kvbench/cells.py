@@ -77,6 +77,13 @@ def prefill(job: Job, workload: Path) -> None:
     jobs.run(job, work, write)
 
 
+def _kernels(own: str, method: Any, engine: Any) -> str:
+    """Which attention kernels a cell runs: the model's ``own``, an engine's for decode, or a method's for both."""
+    if method.attention is not None:
+        return str(method.attention)
+    return own if engine.attention is None else f"{own}, decode {engine.attention}"
+
+
 def generation(job: Job, workload: Path) -> None:
     """Measure a cell's generation and write one row a repeat."""
 
@@ -87,7 +94,7 @@ def generation(job: Job, workload: Path) -> None:
         if job.protocol["name"] == "article":
             return list(measure.generation_article(ready.model, batch, ready.method, effort)["repeats"])
         engine, watch = engines.engine(job.protocol["engine"], batch.input_ids.device), _watch(batch)
-        facts["engine"] = engine.name
+        facts |= {"engine": engine.name, "attention": _kernels(facts["attention"], ready.method, engine)}
         measured = measure.generation_standard(ready.model, batch, ready.method, effort, engine, watch)
         facts |= {"process_bytes": measured["process_bytes"]}
         facts["stopping"] = {"share": effort.share, "settled": measured["settled"]}

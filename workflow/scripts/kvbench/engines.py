@@ -19,6 +19,8 @@ class Engine(Protocol):
     name: str
     keeps_buffers: bool
     """Whether a run leaves memory taken for the next one, so that only the first run's peak is a run's own."""
+    attention: str | None
+    """The attention kernel of its decode steps, where that is not the model's own."""
 
     def prefill(self, model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.Tensor, Any]:
         """The prompt's forward pass with compression, as `decode.prefill`."""
@@ -47,6 +49,7 @@ class Hf:
 
     name = "hf"
     keeps_buffers = False
+    attention: str | None = None
 
     def prefill(self, model: Any, input_ids: torch.Tensor, method: Dense) -> tuple[torch.Tensor, Any]:
         return decode.prefill(model, input_ids, method)
@@ -78,6 +81,7 @@ class Packed:
     """
 
     keeps_buffers = True
+    attention: str | None = packed.ATTENTION
 
     def __init__(self, compiled: bool) -> None:
         self.name = "compile" if compiled else "graph"

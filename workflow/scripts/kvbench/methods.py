@@ -38,6 +38,8 @@ class Dense:
     """Whether it decodes over a cache whose shapes no step changes."""
     unpackable = "a press that compresses while decoding changes the cache's shapes"
     """Why not, where it does not."""
+    attention: str | None = None
+    """The attention kernel of its prefill and its steps, where it has one of its own."""
     own_code = False
     """Whether the model brings its own attention and cache, of which no engine may change a thing."""
     shares_prefill = False

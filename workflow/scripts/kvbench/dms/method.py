@@ -42,6 +42,7 @@ class Dms(Dense):
     compresses = True
     acts_while_decoding = True
     changes_model = True
+    attention = ATTENTION
 
     def __init__(self, folder: Path, threshold: float = 0.0) -> None:
         self.folder = folder
