@@ -164,13 +164,18 @@ class Config(Strict):
     def _left_out(self) -> list[str]:
         """Methods that fit no model, and models that no method fits, which `all` would leave out in silence."""
         fitting = [(m, k) for m in self.models for k in self.methods if self.fits(m, k)]
-        known = {k for k in self.methods if (r := self.retrofit_of(k)) is None or r.model in self.models}
-        methods = [k for k in self.methods if k in known - {method for _, method in fitting}]
         used = {model for model, _ in fitting} | {model.base for model in self.models.values()}
-        return [f"methods.{k}: it fits no model: {self.misfit(next(iter(self.models)), k)}" for k in methods] + [
-            f"models.{m}: no method fits it: each runs on another repository or revision, or on another model"
-            for m in self.models
-            if m not in used
+        running = {method for _, method in fitting}
+        # of a retrofit whose model does not exist that is said already
+        running |= {k for k in self.methods if (r := self.retrofit_of(k)) is not None and r.model not in self.models}
+        some = next(iter(self.models))
+        return [
+            *(f"methods.{k}: it fits no model: {self.misfit(some, k)}" for k in self.methods if k not in running),
+            *(
+                f"models.{m}: no method fits it: each runs on another repository or revision, or on another model"
+                for m in self.models
+                if m not in used
+            ),
         ]
 
     def misfit(self, model: str, method: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class CompressedLM(TemplateLM):
         self.ends = end_ids(model, tokenizer)
         self.kept: list[Kept] = []
         self._cut: set[str] = set()
+        # a task's choices for one context follow each other
+        self._first_tokens = lru_cache(maxsize=1)(self._before_question)
         self._device = model.device
         method.check(model, 1)
 
@@ -180,7 +183,7 @@ class CompressedLM(TemplateLM):
                 f"A task here wants answers that leave no room for a prompt in {self.max_length} tokens of context",
                 "Lower its length with --gen-kwargs max_gen_toks=…, or choose another model",
             )
-        rest = 1 if self.question_marker is None or not context else len(ids) - self._before_question(context)
+        rest = 1 if self.question_marker is None or not context else len(ids) - self._first_tokens(context)
         if len(ids) > room:
             self._cut.add(context)
         ids = ids[-room:]
@@ -259,8 +262,9 @@ class CompressedLM(TemplateLM):
         read += rest.shape[1]
         position_ids = torch.full_like(token[:1], position + rest.shape[1])
         answers: list[list[int]] = [[int(row)] for row in token]
+        going = list(range(len(prompts)))
         with self.method.decoding(self.model):
-            while going := [row for row, prompt in enumerate(prompts) if not self._ended(answers[row], prompt)]:
+            while going := [row for row in going if not self._ended(answers[row], prompts[row])]:
                 logits = self.model(token, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
                 token = logits[:, -1:].argmax(-1)
                 read += 1

@@ -154,11 +154,16 @@ def attached(model: Any, heads: Heads, attention: str) -> Iterator[None]:
             handle.remove()
 
 
+def check_kind(kind: str | None, name: str = "this one") -> None:
+    """Raise `Unsupported` for a ``model_type`` that DMS does not know."""
+    if kind not in MODEL_TYPES:
+        raise Unsupported(f"DMS knows {', '.join(MODEL_TYPES)} models; {name} is {kind}")
+
+
 def check(model: Any, heads: Heads) -> None:
     """Raise what `attach` raises."""
     config = model.config
-    if config.model_type not in MODEL_TYPES:
-        raise Unsupported(f"DMS knows {', '.join(MODEL_TYPES)} models; this one is {config.model_type}")
+    check_kind(config.model_type)
     wanted, found = sizes(config), tuple(heads.weight.shape)
     if wanted != found:
         words = "{} layers × {} KV heads × {} hidden"

@@ -18,8 +18,7 @@ from kvbench.ragged import fits_kernel
 
 def check(model: Any) -> None:
     """Raise `Unsupported` for a model that DMS cannot run on: of another kind, with sliding windows, or odd heads."""
-    if model.config.model_type not in evict.MODEL_TYPES:
-        raise Unsupported(f"DMS knows {', '.join(evict.MODEL_TYPES)} models; this one is {model.config.model_type}")
+    evict.check_kind(model.config.model_type)
     if any(window is not None for window in windows(model.config)):
         raise Unsupported("DMS decides itself which tokens a head sees, and this model has sliding-window layers")
     head_dim = model.model.layers[0].self_attn.head_dim

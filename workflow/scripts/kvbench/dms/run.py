@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from kvbench import files, jobs
-from kvbench.dms import artefact, corpus, method
-from kvbench.dms.evict import MODEL_TYPES
+from kvbench.dms import artefact, corpus, evict, method
 from kvbench.dms.student import Student
 from kvbench.dms.train import Row, Trainer
-from kvbench.errors import Unsupported, UserError
+from kvbench.errors import UserError
 from kvbench.jobs import Job
 from kvbench.manifest import Manifest
 from kvbench.options import Retrofit
@@ -43,9 +42,7 @@ class Run:
             "licence": manifest.licence,
             "weights": {f["path"]: f["sha256"] for f in manifest.files if Path(f["path"]).suffix in WEIGHTS},
         }
-        kind = files.read_json(manifest.path / "config.json").get("model_type")
-        if kind not in MODEL_TYPES:
-            raise Unsupported(f"DMS knows {', '.join(MODEL_TYPES)} models; {manifest.name} is {kind}")
+        evict.check_kind(files.read_json(manifest.path / "config.json").get("model_type"), manifest.name)
 
     def curve(self) -> list[Row]:
         """Train to the end and keep the adapter; returns the training curve."""
