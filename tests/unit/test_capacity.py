@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from kvbench import capacity, methods
+from kvbench import capacity, engines, methods
 from kvbench.errors import Unsupported
 
 
@@ -27,6 +27,7 @@ def test_the_largest_is_found_to_its_resolution(fits: int, curve: float, fixed: 
     found = capacity.largest(peak, total, limit)
     best = fits if limit is None else min(fits, limit)
     assert found <= best <= found + max(1, int(found * capacity.RESOLUTION))
+    assert limit is None or limit > fits or found == limit, "a limit that fits is found itself"
     assert len(set(tries)) == len(tries), "a size was tried twice"
     assert len(tries) < 40
     assert limit is None or max(tries) <= limit
@@ -45,7 +46,7 @@ def test_memory_that_grows_in_proportion_takes_a_few_tries() -> None:
 
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(Unsupported, match="searched on a GPU"):
-        capacity.search(tiny.model(), methods.Dense(), capacity.Shape(1, 8, 2), "hf")
+        capacity.search(tiny.model(), methods.Dense(), capacity.Shape(1, 8, 2), engines.Hf())
 
 
 def test_a_search_begins_where_it_is_told() -> None:

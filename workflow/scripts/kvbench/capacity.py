@@ -32,7 +32,7 @@ class Shape:
     new_tokens: int
 
 
-def search(model: Any, method: Dense, shape: Shape, engine: str) -> dict[str, Any]:
+def search(model: Any, method: Dense, shape: Shape, engine: engines.Engine) -> dict[str, Any]:
     """The largest batch at a workload's prompt length, and the longest prompt at its batch size.
 
     Each try is a whole generation of seeded random ids in one batch, so the prefill's activations count as they do in
@@ -66,7 +66,7 @@ def search(model: Any, method: Dense, shape: Shape, engine: str) -> dict[str, An
 
 
 def largest(peak: Callable[[int], int | None], total: int, limit: int | None, start: int = 1) -> int:
-    """The largest size that fits, to `RESOLUTION`; 0 if not even 1 does.
+    """The largest size that fits, to `RESOLUTION`; the limit itself where that fits; 0 if not even 1 does.
 
     Peaks grow nearly in proportion to size, so each next try is where the last two peaks that fitted say that memory
     ends; where that is no help, halfway.
@@ -88,9 +88,11 @@ def largest(peak: Callable[[int], int | None], total: int, limit: int | None, st
         else:
             fitted.append((size, found))
         low = fitted[-1][0] if fitted else 0
-        if too_large is not None and too_large - low <= max(1, int(low * RESOLUTION)):
-            break
         size = _next(fitted, total, low, too_large)
+        if too_large is not None and too_large - low <= max(1, int(low * RESOLUTION)):
+            if limit is None or too_large <= limit or low == limit:
+                break
+            size = limit  # nothing has failed yet: only a try of the limit tells whether it or the memory ends this
         size = size if limit is None else min(size, limit)
     return fitted[-1][0] if fitted else 0
 
@@ -109,7 +111,7 @@ def _next(fitted: list[tuple[int, int]], total: int, low: int, too_large: int | 
     return min(max(guess, low + margin), too_large - margin)
 
 
-def _peak(model: Any, method: Dense, shape: Shape, engine: str) -> int | None:
+def _peak(model: Any, method: Dense, shape: Shape, engine: engines.Engine) -> int | None:
     """Peak bytes of one generation, or None if the device has not enough."""
     torch.cuda.reset_peak_memory_stats(model.device)
     fits = _fits(model, method, shape, engine)
@@ -118,15 +120,13 @@ def _peak(model: Any, method: Dense, shape: Shape, engine: str) -> int | None:
     return torch.cuda.max_memory_allocated(model.device) if fits else None
 
 
-def _fits(model: Any, method: Dense, shape: Shape, engine: str) -> bool:
+def _fits(model: Any, method: Dense, shape: Shape, engine: engines.Engine) -> bool:
     vocabulary, generator = model.config.get_text_config().vocab_size, torch.Generator(model.device).manual_seed(0)
-    # compiling a step for every size would take minutes, and the captured one needs the same buffers
-    runs = engines.engine("graph" if engine == "compile" else engine, model.device)
     try:
         ids = torch.randint(
             vocabulary, (shape.batch_size, shape.prompt_tokens), generator=generator, device=model.device
         )
-        runs.generate(model, ids, method, shape.new_tokens, lambda: None, lambda _: None)
+        engine.generate(model, ids, method, shape.new_tokens, lambda: None, lambda _: None)
         torch.cuda.synchronize(model.device)
     except RuntimeError as error:
         if not ran_out(error):

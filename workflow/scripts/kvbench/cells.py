@@ -114,12 +114,16 @@ def capacity(job: Job, workload: Path) -> None:
     """Search the largest batch and the longest prompt of a cell's variant and write what was found."""
 
     def work(facts: dict[str, Any]) -> dict[str, Any]:
-        from kvbench import capacity
+        from kvbench import capacity, engines
 
         facts["workload"] = sizes = tables.provenance_of(workload)
         shape = capacity.Shape(*(sizes[name] for name in SIZES))
         ready = jobs.ready(job, facts)
-        return capacity.search(ready.model, ready.method, shape, job.protocol["engine"])
+        # compiling a step for every size would take minutes, and the captured one needs the same buffers
+        name = "graph" if job.protocol["engine"] == "compile" else job.protocol["engine"]
+        engine = engines.engine(name, ready.model.device)
+        facts |= {"engine": engine.name, "attention": _kernels(facts["attention"], ready.method, engine)}
+        return capacity.search(ready.model, ready.method, shape, engine)
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
         record = {"status": status, "status_reason": reason, "provenance": facts}
