@@ -295,6 +295,21 @@ def test_a_simulated_gain_is_called_so():
     assert findings.headline(cells, [], {}).startswith("knorm-0.8 (simulated) decodes 63% more")
 
 
+def test_what_fits_is_told_beside_the_baseline_of_the_same_device(tmp_path):
+    cells = [cell | {"largest_batch": None, "longest_prompt_tokens": None} for cell in fixture.stats()]
+    assert "Fits" not in Page(rendered(tmp_path, cells)).words
+    for cell in cells:
+        if cell["status"] == "ok":
+            pressed = cell["method"] == "knorm-0.8"
+            cell |= {"largest_batch": 478 if pressed else 256, "longest_prompt_tokens": 7680 if pressed else 4096}
+    words, rows = Page(rendered(tmp_path, cells)).words, cells[0]["batch_size"]
+    assert f"baseline a batch of 256, or {rows} prompts of 4,096 tokens" in words
+    assert f"knorm-0.8 a batch of 478 (87% more), or {rows} prompts of 7,680 tokens (88% more)" in words
+    for cell in cells:
+        cell["device"] = cell["method"]
+    assert f"a batch of 478, or {rows} prompts of 7,680 tokens" in Page(rendered(tmp_path, cells)).words
+
+
 def test_what_a_method_with_a_window_came_to_is_told(tmp_path):
     cells = fixture.stats()
     for cell in cells:

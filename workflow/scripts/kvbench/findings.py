@@ -161,7 +161,7 @@ def _quality(row: Row, tallies: Sequence[TextTally]) -> str:
 
 
 def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
-    """Throughput, TTFT, cache and memory of every variant of a workload against its baseline."""
+    """Throughput, TTFT, cache, memory and what fits of every variant of a workload against its baseline."""
     cells = [row for row in rows if row["workload"] == workload]
     pairs = [(row, base) for row in cells if row["status"] == "ok" and (base := baseline_of(row, rows)) is not None]
     findings = []
@@ -171,8 +171,24 @@ def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
         if groups:
             name = words.QUANTITIES[column].name(device(cells))
             findings.append(Finding(name, "; ".join(groups) + "."))
-    achieved = "; ".join(_achieved(row) for row in cells if row["status"] == "ok" and row.get("window"))
-    return [*findings, Finding("Kept", f"{achieved}.")] if achieved else findings
+    measured = [row for row in cells if row["status"] == "ok"]
+    fitting = "; ".join(_fitting(row, baseline_of(row, rows)) for row in measured if row.get("largest_batch"))
+    achieved = "; ".join(_achieved(row) for row in measured if row.get("window"))
+    return findings + [Finding(about, f"{said}.") for about, said in (("Fits", fitting), ("Kept", achieved)) if said]
+
+
+def _fitting(row: Row, base: Row | None) -> str:
+    """What of a workload's kind the device holds with a method."""
+    beside = base if base is not None and base.get("device") == row.get("device") else None
+
+    def count(column: str, unit: str = "") -> str:
+        change = words.compare(row, beside, column)
+        return words.quantity(column, row[column]) + unit + (f" ({change.words})" if change else "")
+
+    return (
+        f"{_name(row)} a batch of {count('largest_batch')},"
+        f" or {row['batch_size']} prompts of {count('longest_prompt_tokens', ' tokens')}"
+    )
 
 
 def _achieved(row: Row) -> str:
