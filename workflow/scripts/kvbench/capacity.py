@@ -88,12 +88,12 @@ def largest(peak: Callable[[int], int | None], total: int, limit: int | None, st
         else:
             fitted.append((size, found))
         low = fitted[-1][0] if fitted else 0
-        size = _next(fitted, total, low, too_large)
-        if too_large is not None and too_large - low <= max(1, int(low * RESOLUTION)):
-            if limit is None or too_large <= limit or low == limit:
-                break
+        if too_large is None or too_large - low > max(1, int(low * RESOLUTION)):
+            size = _next(fitted, total, low, too_large)
+        elif limit is None or too_large <= limit or low == limit:
+            break
+        else:
             size = limit  # nothing has failed yet: only a try of the limit tells whether it or the memory ends this
-        size = size if limit is None else min(size, limit)
     return fitted[-1][0] if fitted else 0
 
 

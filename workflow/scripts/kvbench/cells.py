@@ -77,24 +77,16 @@ def prefill(job: Job, workload: Path) -> None:
     jobs.run(job, work, write)
 
 
-def _kernels(own: str, method: Any, engine: Any) -> str:
-    """Which attention kernels a cell runs: the model's ``own``, an engine's for decode, or a method's for both."""
-    if method.attention is not None:
-        return str(method.attention)
-    return own if engine.attention is None else f"{own}, decode {engine.attention}"
-
-
 def generation(job: Job, workload: Path) -> None:
     """Measure a cell's generation and write one row a repeat."""
 
     def work(facts: dict[str, Any]) -> list[dict[str, Any]]:
         ready, batch, effort = _begin(job, facts, workload)
-        from kvbench import energy, engines, measure
+        from kvbench import energy, measure
 
         if job.protocol["name"] == "article":
             return list(measure.generation_article(ready.model, batch, ready.method, effort)["repeats"])
-        engine, watch = engines.engine(job.protocol["engine"], batch.input_ids.device), _watch(batch)
-        facts |= {"engine": engine.name, "attention": _kernels(facts["attention"], ready.method, engine)}
+        engine, watch = _engine(job.protocol["engine"], ready, facts), _watch(batch)
         measured = measure.generation_standard(ready.model, batch, ready.method, effort, engine, watch)
         facts |= {"process_bytes": measured["process_bytes"]}
         facts["stopping"] = {"share": effort.share, "settled": measured["settled"]}
@@ -114,16 +106,14 @@ def capacity(job: Job, workload: Path) -> None:
     """Search the largest batch and the longest prompt of a cell's variant and write what was found."""
 
     def work(facts: dict[str, Any]) -> dict[str, Any]:
-        from kvbench import capacity, engines
+        from kvbench import capacity
 
         facts["workload"] = sizes = tables.provenance_of(workload)
         shape = capacity.Shape(*(sizes[name] for name in SIZES))
         ready = jobs.ready(job, facts)
         # compiling a step for every size would take minutes, and the captured one needs the same buffers
         name = "graph" if job.protocol["engine"] == "compile" else job.protocol["engine"]
-        engine = engines.engine(name, ready.model.device)
-        facts |= {"engine": engine.name, "attention": _kernels(facts["attention"], ready.method, engine)}
-        return capacity.search(ready.model, ready.method, shape, engine)
+        return capacity.search(ready.model, ready.method, shape, _engine(name, ready, facts))
 
     def write(status: str, reason: str | None, facts: dict[str, Any], result: dict[str, Any] | None) -> None:
         record = {"status": status, "status_reason": reason, "provenance": facts}
@@ -140,6 +130,22 @@ def _begin(job: Job, facts: dict[str, Any], workload: Path) -> tuple[Ready, Any,
     ready, batch = jobs.ready(job, facts), _batch(workload, facts)
     ready.method.check(ready.model, len(batch.input_ids))
     return ready, batch, _effort(job, batch)
+
+
+def _engine(name: str, ready: Ready, facts: dict[str, Any]) -> Any:
+    """An engine by its name; it and the attention kernels that run with it are added to the facts."""
+    from kvbench import engines
+
+    engine = engines.engine(name, ready.model.device)
+    facts |= {"engine": engine.name, "attention": _kernels(facts["attention"], ready.method, engine)}
+    return engine
+
+
+def _kernels(own: str, method: Any, engine: Any) -> str:
+    """Which attention kernels a cell runs: the model's ``own``, an engine's for decode, or a method's for both."""
+    if method.attention is not None:
+        return str(method.attention)
+    return own if engine.attention is None else f"{own}, decode {engine.attention}"
 
 
 def _must_be_tried(job: Job, facts: dict[str, Any], sizes: dict[str, Any]) -> None:

@@ -163,7 +163,8 @@ def _quality(row: Row, tallies: Sequence[TextTally]) -> str:
 def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
     """Throughput, TTFT, cache, memory and what fits of every variant of a workload against its baseline."""
     cells = [row for row in rows if row["workload"] == workload]
-    pairs = [(row, base) for row in cells if row["status"] == "ok" and (base := baseline_of(row, rows)) is not None]
+    measured = [row for row in cells if row["status"] == "ok"]
+    pairs = [(row, base) for row in measured if (base := baseline_of(row, rows)) is not None]
     findings = []
     columns = (words.throughput_column(cells[0]), "ttft_s", "kv_cache_bytes", "peak_generation_bytes")
     for column in columns:
@@ -171,7 +172,6 @@ def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
         if groups:
             name = words.QUANTITIES[column].name(device(cells))
             findings.append(Finding(name, "; ".join(groups) + "."))
-    measured = [row for row in cells if row["status"] == "ok"]
     fitting = "; ".join(_fitting(row, baseline_of(row, rows)) for row in measured if row.get("largest_batch"))
     achieved = "; ".join(_achieved(row) for row in measured if row.get("window"))
     return findings + [Finding(about, f"{said}.") for about, said in (("Fits", fitting), ("Kept", achieved)) if said]
@@ -179,11 +179,11 @@ def workload_findings(rows: Sequence[Row], workload: str) -> list[Finding]:
 
 def _fitting(row: Row, base: Row | None) -> str:
     """What of a workload's kind the device holds with a method."""
-    beside = base if base is not None and base.get("device") == row.get("device") else None
 
     def count(column: str, unit: str = "") -> str:
-        change = words.compare(row, beside, column)
-        return words.quantity(column, row[column]) + unit + (f" ({change.words})" if change else "")
+        change = words.compare(row, base, column)
+        beside = f" ({change.words})" if change is not None and change.verdict != "elsewhere" else ""
+        return f"{words.quantity(column, row[column])}{unit}{beside}"
 
     return (
         f"{_name(row)} a batch of {count('largest_batch')},"

@@ -72,8 +72,8 @@ QUANTITIES = {
         Quantity("mfu", "MFU", "share"),
         Quantity("energy_j_per_token", "Energy", "joules", "lower"),
         Quantity("itl_p99_s", "ITL, 99th percentile", "seconds", "lower"),
-        Quantity("largest_batch", "Largest batch that fits", "count", "higher", counted=True),
-        Quantity("longest_prompt_tokens", "Longest prompt that fits", "count", "higher", counted=True),
+        Quantity("largest_batch", "Largest batch that fits", "count", "higher"),
+        Quantity("longest_prompt_tokens", "Longest prompt that fits", "count", "higher"),
         Quantity("article_tokens_per_s", "Throughput, article’s way", "rate", "higher"),
         Quantity("article_warm_tokens_per_s", "The same, warm", "rate", "higher"),
     )
@@ -206,8 +206,8 @@ def _verdict(row: Row, base: Row, column: str) -> Verdict:
 
 
 def _counted(measured: Quantity, row: Row) -> bool:
-    """Bytes of a GPU come from its allocator's counters; a resident set moves with the system."""
-    return measured.counted or (measured.kind == "bytes" and not is_cpu(row.get("device")))
+    """What fits, and a GPU's bytes by its allocator, are a device's but exact; a resident set moves with the system."""
+    return measured.counted or measured.kind == "count" or (measured.kind == "bytes" and not is_cpu(row.get("device")))
 
 
 def interval_words(repeats: int) -> str:
