@@ -44,9 +44,14 @@ def make(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(book, "chapters", lambda: chapters)
 
     def run(
-        text: str, sequences: int = 30, held_out: float = 0.25, tokens: int = TOKENS, prose: float = 0.0
+        text: str,
+        sequences: int = 30,
+        held_out: float = 0.25,
+        tokens: int = TOKENS,
+        prose: float = 0.0,
+        prose_from: list[str] = ["addresses"],  # noqa: B006 - read only
     ) -> list[Sequence]:
-        request = Request(text, tokens, sequences, held_out, prose, 0)
+        request = Request(text, tokens, sequences, held_out, prose, prose_from, 0)
         return corpus.collect(tokenizer, request, folder / "prompts.parquet", folder / "dataset.json", tiny.model)
 
     return run
@@ -207,6 +212,20 @@ def test_prose_is_read_as_often_as_its_share_wants(make: Make, tmp_path: Path, m
     assert set(counts[:12]) == {1} and max(counts[12:]) - min(counts[12:]) <= 1
 
 
+def test_the_kinds_of_prose_that_are_asked_for_are_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("addresses", "fiction"):
+        short = [book.Chapter(part.name, part.text[:2000]) for part in getattr(book, name)()]
+        monkeypatch.setattr(book, name, lambda short=short: short)
+
+    def kinds(*names: str) -> set[str]:
+        made = make("conversations", 400, tokens=200, prose=0.5, prose_from=list(names))
+        return {each.document.split()[0] for each in made if each.corpus == "prose"}
+
+    assert kinds("addresses") == {"ADDRESS"}
+    assert kinds("fiction") == {"BOOK"}
+    assert kinds("fiction", "addresses") == {"ADDRESS", "BOOK"}
+
+
 def test_too_little_text_is_said(make: Make, tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="'conversations', nothing is long enough for a sequence of 5000 tokens"):
         make("conversations", tokens=5000)
@@ -216,6 +235,6 @@ def test_too_little_text_is_said(make: Make, tmp_path: Path, tokenizer: Any) -> 
     with pytest.raises(UserError, match="is no text"):
         make(str(tmp_path / "bytes.txt"))
     with pytest.raises(UserError, match="needs prompts"):
-        corpus.collect(tokenizer, Request("own", 8, 1, 0.5, 0.0, 0), None, None, tiny.model)
+        corpus.collect(tokenizer, Request("own", 8, 1, 0.5, 0.0, ["addresses"], 0), None, None, tiny.model)
     with pytest.raises(UserError, match="holds no corpus"):
         corpus.load(tmp_path / "none.parquet")

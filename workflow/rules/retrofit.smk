@@ -4,7 +4,7 @@
 # names of the retrofits that read their model's own text; or what no name is
 OWN = "|".join(re.escape(name) for name, each in CONFIG.retrofits.items() if each.text == "own") or "(?!)"
 # what of a retrofit its text depends on; a window and a cr that any text is long enough for stand for its own
-TEXT = {"model", "text", "tokens", "steps", "batch_size", "held_out", "prose", "seed"}
+TEXT = {"model", "text", "tokens", "steps", "batch_size", "held_out", "prose", "prose_from", "seed"}
 ANY_LENGTH = {"window": 1, "cr": 1.1}
 RETROFIT = dict(
     variant=retrofit_job,

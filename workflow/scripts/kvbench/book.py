@@ -1,11 +1,12 @@
 """Real prose that comes with kvbench, so that text that no dataset holds is at hand everywhere.
 
-A part of Moby-Dick, which is measured on and which nothing is trained on; and addresses of presidents, to train on.
+A part of Moby-Dick, which is measured on and which nothing is trained on; and, to train on, addresses of presidents and
+books of fiction.
 Public domain; where they come from is said beside them, in ``book/LICENSE.md``.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -17,11 +18,11 @@ DATA = ("book",)
 
 @dataclass(frozen=True)
 class Chapter:
-    """A chapter or an address.
+    """A chapter, an address or a book of fiction.
 
     Attributes
     ----------
-    name : its heading ("CHAPTER 1. Loomings.", "ADDRESS 1790. George Washington").
+    name : its heading ("CHAPTER 1. Loomings.", "ADDRESS 1790. George Washington", "BOOK 1816. Emma, by Jane Austen").
     text : its paragraphs, an empty line between.
     """
 
@@ -39,6 +40,18 @@ def chapters() -> list[Chapter]:
 def addresses() -> list[Chapter]:
     """The addresses, by year."""
     return _parts("addresses.txt", "ADDRESS")
+
+
+@cache
+def fiction() -> list[Chapter]:
+    """The books of fiction, whole, by year."""
+    return _parts("fiction.txt", "BOOK")
+
+
+def prose(names: Collection[str]) -> list[Chapter]:
+    """What there is to train on, of the kinds that are named: ``addresses``, ``fiction``."""
+    kinds = {"addresses": addresses, "fiction": fiction}
+    return [part for name, parts in kinds.items() if name in names for part in parts()]
 
 
 def _parts(file: str, kind: str) -> list[Chapter]:

@@ -269,6 +269,8 @@ class Retrofit(Strict):
     """Share of the texts, the first, that is not trained on."""
     prose: float = Field(0.25, ge=0, lt=1)
     """Share of the sequences that are prose which comes with kvbench, so that one kind of text is not all."""
+    prose_from: list[Literal["addresses", "fiction"]] = Field(["addresses", "fiction"], min_length=1)
+    """Which of that prose: presidents' `addresses`, books of `fiction`."""
     dense_share: float = Field(0.1875, ge=0, lt=1)
     """Share of a step's sequences that are read without eviction, so that the model stays itself without it."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None

@@ -53,7 +53,15 @@ def make_corpus(job: Job, settings: Retrofit, prompts: Path | None, dataset: Pat
 
         text = str(settings.text.path) if isinstance(settings.text, TextFile) else settings.text
         wanted = settings.steps * settings.batch_size
-        request = corpus.Request(text, settings.tokens, wanted, settings.held_out, settings.prose, settings.seed)
+        request = corpus.Request(
+            text,
+            settings.tokens,
+            wanted,
+            settings.held_out,
+            settings.prose,
+            settings.prose_from,
+            settings.seed,
+        )
         found = corpus.collect(load_tokenizer(manifest), request, prompts, dataset, load)
         counts = {split: sum(each.split == split for each in found) for split in ("train", "held_out")}
         corpus.write(found, job.output, facts | vars(request) | counts)

@@ -16,7 +16,7 @@ training: ShareGPT holds long conversations in parts, and some more than once. A
 held out besides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -51,6 +51,7 @@ class Request:
     tokens : of a sequence.
     sequences : to train on, at most, the prose among them.
     prose : share of what is trained on that is prose, below 1.
+    prose_from : which prose, ``addresses`` and ``fiction`` of `book`.
     held_out : share of the texts that is not trained on.
     seed : of the model's own answers.
     """
@@ -60,6 +61,7 @@ class Request:
     sequences: int
     held_out: float
     prose: float
+    prose_from: Collection[str]
     seed: int
 
     @property
@@ -118,8 +120,8 @@ def collect(
         found = _own(load(), tokenizer, prompts, request)
     else:
         found = _of_conversations(tokenizer, prompts, dataset, request)
-    prose = islice(book.pieces(tokenizer, request.tokens, book.addresses()), request.prose_sequences)
-    found += [Sequence("train", "prose", address, ids) for address, ids in prose]
+    prose = book.pieces(tokenizer, request.tokens, book.prose(request.prose_from))
+    found += [Sequence("train", "prose", part, ids) for part, ids in islice(prose, request.prose_sequences)]
     judged = book.pieces(tokenizer, request.tokens + CONTINUATION, book.chapters())
     found += [Sequence("held_out", "book", chapter, ids) for chapter, ids in islice(judged, HELD_OUT)]
     for split in ("train", "held_out"):
