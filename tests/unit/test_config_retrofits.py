@@ -30,6 +30,7 @@ def test_only_the_model_must_be_named() -> None:
     filled = config.load(GIVEN).retrofits["m-4x"]
     assert (filled.window, filled.cr, filled.lora_rank, filled.whole_model) == (64, 4.0, 16, False)
     assert filled.text == "conversations" and filled.learning_rate is None
+    assert (filled.prose, filled.prose_from) == (0.25, ["addresses", "fiction"])
 
 
 def test_its_method_runs_on_its_model_alone_and_names_the_adapters_folder() -> None:
@@ -56,6 +57,8 @@ def test_one_retrofit_serves_several_thresholds() -> None:
         ),
         (changed(variants=[{"model": "other", "method": "mine"}]), ["variants[0]", "a retrofit of m, and other"]),
         (retrofit(model="n"), ["retrofits.m-4x.model", "no model 'n'"]),
+        (retrofit(prose_from=["novels"]), ["retrofits.m-4x.prose_from.0", "'novels'", "'addresses' or 'fiction'"]),
+        (retrofit(prose_from=[]), ["retrofits.m-4x.prose_from"]),
         (retrofit(whole_model=True), ["retrofits.m-4x", "lora_rank: null"]),
         (retrofit(tokens=200), ["retrofits.m-4x", "a window of 64 tokens is more than 1/4 of 200"]),
         (retrofit(cr=1.0), ["retrofits.m-4x.cr", "greater than 1"]),

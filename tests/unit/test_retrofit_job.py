@@ -148,7 +148,8 @@ def test_the_card_and_the_heads_say_what_was_measured(train: Any, folder: Path) 
             assert f"| {row['corpus']} | {' | '.join(cells)} |" in card
     digest = load_manifest(folder / "model.json").files
     assert all(entry["sha256"] in card for entry in digest if entry["path"].endswith("safetensors"))
-    assert "| `cr` | 3.0 |" in card and card.startswith("---\n") and "cpu: " in card
+    assert "| `cr` | 3.0 |" in card and "| `prose_from` | addresses, fiction |" in card
+    assert card.startswith("---\n") and "cpu: " in card
     about = evict.load(made / "adapter").about
     kept = {row["corpus"]: round(row["kept_fraction"], 4) for row in rows if row["corpus"] != "train"}
     assert json.loads(about["kept_fraction"]) == kept

@@ -150,7 +150,7 @@ def _making(about: dict[str, Any]) -> list[tuple[str, str]]:
         "text": corpus["text"],
         "sequences": f"{corpus['train']} of {about['settings']['tokens']} tokens",
     }
-    return [(name, str(value)) for name, value in (made | settings).items()]
+    return [(name, ", ".join(v) if isinstance(v, list) else str(v)) for name, v in (made | settings).items()]
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
