@@ -1,6 +1,6 @@
 """A retrofit's text: of one length, no text on both sides, and none twice."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tiny
 import tinyrun
 from kvbench import book, conversations, workload
-from kvbench.dms import corpus, overlap
+from kvbench.dms import corpus, overlap, prose
 from kvbench.dms.corpus import HELD_OUT, Request, Sequence
 from kvbench.errors import UserError
 from kvbench.options import CONTINUATION
@@ -49,7 +49,7 @@ def make(folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Make:
         held_out: float = 0.25,
         tokens: int = TOKENS,
         prose: float = 0.0,
-        prose_from: list[str] = ["addresses"],  # noqa: B006 - read only
+        prose_from: Collection[str] = ("addresses",),
     ) -> list[Sequence]:
         request = Request(text, tokens, sequences, held_out, prose, prose_from, 0)
         return corpus.collect(tokenizer, request, folder / "prompts.parquet", folder / "dataset.json", tiny.model)
@@ -196,17 +196,17 @@ def test_what_is_written_is_read(make: Make, tmp_path: Path) -> None:
 
 
 def test_prose_is_read_as_often_as_its_share_wants(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    addresses = book.addresses()[:1]
+    addresses = prose.addresses()[:1]
     assert addresses[0].name == "ADDRESS 1790. George Washington"
     short = [book.Chapter(addresses[0].name, addresses[0].text[:200])]
-    monkeypatch.setattr(book, "addresses", lambda: short)
+    monkeypatch.setattr(prose, "addresses", lambda: short)
     made = make("conversations", 20, prose=0.4)
-    prose = [each.input_ids for each in made if each.corpus == "prose"]
-    assert 1 < len(prose) < 8  # all there is, and less than the share of a pass
+    pieces = [each.input_ids for each in made if each.corpus == "prose"]
+    assert 1 < len(pieces) < 8  # all there is, and less than the share of a pass
     assert {each.document for each in made if each.corpus == "prose"} == {addresses[0].name}
     corpus.write(made, tmp_path / "corpus.parquet", {"prose": 0.4})
     found = corpus.load(tmp_path / "corpus.parquet")
-    read = [found.train[row].tolist() in prose for row in found.reading]
+    read = [found.train[row].tolist() in pieces for row in found.reading]
     assert len(read) == 20 and sum(read) == 8
     counts = [found.reading.tolist().count(row) for row in range(len(found.train))]
     assert set(counts[:12]) == {1} and max(counts[12:]) - min(counts[12:]) <= 1
@@ -214,11 +214,11 @@ def test_prose_is_read_as_often_as_its_share_wants(make: Make, tmp_path: Path, m
 
 def test_the_kinds_of_prose_that_are_asked_for_are_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("addresses", "fiction"):
-        short = [book.Chapter(part.name, part.text[:2000]) for part in getattr(book, name)()]
-        monkeypatch.setattr(book, name, lambda short=short: short)
+        short = [book.Chapter(part.name, part.text[:2000]) for part in getattr(prose, name)()]
+        monkeypatch.setattr(prose, name, lambda short=short: short)
 
     def kinds(*names: str) -> set[str]:
-        made = make("conversations", 400, tokens=200, prose=0.5, prose_from=list(names))
+        made = make("conversations", 400, tokens=200, prose=0.5, prose_from=names)
         return {each.document.split()[0] for each in made if each.corpus == "prose"}
 
     assert kinds("addresses") == {"ADDRESS"}

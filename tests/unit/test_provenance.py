@@ -54,6 +54,7 @@ TRAINING = "corpus retrofit"
         ("cache", ON_DEVICE),
         ("workload", f"{TRAINING} windows workload"),
         ("book", f"{TRAINING} windows retrieval"),
+        ("dms/prose", TRAINING),
         ("windows", "windows"),
         ("needles", "retrieval"),
         ("paired", "quality_stats"),

@@ -134,6 +134,7 @@ ALL = {"windows": 2, "quality": 5}
     ("name", "jobs"),
     [
         ("book/moby-dick.txt", ALL),
+        ("dms/prose/fiction.txt", {}),
         ("windows.py", ALL),
         ("workload.py", ALL),
         ("decode.py", ALL),

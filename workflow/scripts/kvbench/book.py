@@ -1,12 +1,10 @@
-"""Real prose that comes with kvbench, so that text that no dataset holds is at hand everywhere.
+"""A part of Moby-Dick, so that text that no dataset holds is at hand everywhere to measure on.
 
-A part of Moby-Dick, which is measured on and which nothing is trained on; and, to train on, addresses of presidents and
-books of fiction.
-Public domain; where they come from is said beside them, in ``book/LICENSE.md``.
+Nothing is trained on it. Public domain; where it comes from is said beside it, in ``book/LICENSE.md``.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -18,11 +16,11 @@ DATA = ("book",)
 
 @dataclass(frozen=True)
 class Chapter:
-    """A chapter, an address or a book of fiction.
+    """A chapter, or another text that stands for itself.
 
     Attributes
     ----------
-    name : its heading ("CHAPTER 1. Loomings.", "ADDRESS 1790. George Washington", "BOOK 1816. Emma, by Jane Austen").
+    name : its heading ("CHAPTER 1. Loomings.").
     text : its paragraphs, an empty line between.
     """
 
@@ -33,30 +31,12 @@ class Chapter:
 @cache
 def chapters() -> list[Chapter]:
     """Moby-Dick's chapters in its order; a chapter is the unit of text that others are independent of."""
-    return _parts("moby-dick.txt", "CHAPTER")
+    return read(Path(__file__).parent / "book" / "moby-dick.txt", "CHAPTER")
 
 
-@cache
-def addresses() -> list[Chapter]:
-    """The addresses, by year."""
-    return _parts("addresses.txt", "ADDRESS")
-
-
-@cache
-def fiction() -> list[Chapter]:
-    """The books of fiction, whole, by year."""
-    return _parts("fiction.txt", "BOOK")
-
-
-def prose(names: Collection[str]) -> list[Chapter]:
-    """What there is to train on, of the kinds that are named: ``addresses``, ``fiction``."""
-    kinds = {"addresses": addresses, "fiction": fiction}
-    return [part for name, parts in kinds.items() if name in names for part in parts()]
-
-
-def _parts(file: str, kind: str) -> list[Chapter]:
-    whole = (Path(__file__).parent / "book" / file).read_text("utf-8")
-    parts = re.split(rf"^({kind} \d+\. .*)$", whole, flags=re.M)[1:]
+def read(path: Path, kind: str) -> list[Chapter]:
+    """The texts of a file, each under a heading of the kind, a number, and its name."""
+    parts = re.split(rf"^({kind} \d+\. .*)$", path.read_text("utf-8"), flags=re.M)[1:]
     return [Chapter(name, text.strip()) for name, text in zip(parts[::2], parts[1::2], strict=True)]
 
 

@@ -52,15 +52,14 @@ def make_corpus(job: Job, settings: Retrofit, prompts: Path | None, dataset: Pat
         from kvbench.dms import corpus
 
         text = str(settings.text.path) if isinstance(settings.text, TextFile) else settings.text
-        wanted = settings.steps * settings.batch_size
         request = corpus.Request(
-            text,
-            settings.tokens,
-            wanted,
-            settings.held_out,
-            settings.prose,
-            settings.prose_from,
-            settings.seed,
+            text=text,
+            tokens=settings.tokens,
+            sequences=settings.steps * settings.batch_size,
+            held_out=settings.held_out,
+            prose=settings.prose,
+            prose_from=settings.prose_from,
+            seed=settings.seed,
         )
         found = corpus.collect(load_tokenizer(manifest), request, prompts, dataset, load)
         counts = {split: sum(each.split == split for each in found) for split in ("train", "held_out")}

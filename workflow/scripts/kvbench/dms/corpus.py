@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kvbench import book, conversations, tables, workload
+from kvbench.dms import prose
 from kvbench.dms.overlap import Seen
 from kvbench.errors import UserError
 from kvbench.options import CONTINUATION
@@ -51,7 +52,7 @@ class Request:
     tokens : of a sequence.
     sequences : to train on, at most, the prose among them.
     prose : share of what is trained on that is prose, below 1.
-    prose_from : which prose, ``addresses`` and ``fiction`` of `book`.
+    prose_from : kinds of prose, as `prose.texts` takes them.
     held_out : share of the texts that is not trained on.
     seed : of the model's own answers.
     """
@@ -120,8 +121,8 @@ def collect(
         found = _own(load(), tokenizer, prompts, request)
     else:
         found = _of_conversations(tokenizer, prompts, dataset, request)
-    prose = book.pieces(tokenizer, request.tokens, book.prose(request.prose_from))
-    found += [Sequence("train", "prose", part, ids) for part, ids in islice(prose, request.prose_sequences)]
+    more = book.pieces(tokenizer, request.tokens, prose.texts(request.prose_from))
+    found += [Sequence("train", "prose", text, ids) for text, ids in islice(more, request.prose_sequences)]
     judged = book.pieces(tokenizer, request.tokens + CONTINUATION, book.chapters())
     found += [Sequence("held_out", "book", chapter, ids) for chapter, ids in islice(judged, HELD_OUT)]
     for split in ("train", "held_out"):
@@ -309,13 +310,13 @@ def load(path: Path) -> Corpus:
         chosen = table["input_ids"].combine_chunks().take(pa.array(np.flatnonzero(rows)))
         return chosen.flatten().to_numpy().reshape(int(rows.sum()), -1).copy()  # Arrow's own may not be written to
 
-    held_out, prose = split == "held_out", corpora[split == "train"] == "prose"
+    held_out, is_prose = split == "held_out", corpora[split == "train"] == "prose"
     judged = {name: ids(held_out & (corpora == name)) for name in dict.fromkeys(corpora[held_out])}
     about = tables.provenance_of(path)
-    return Corpus(ids(split == "train"), _reading(prose, about["prose"]), judged, about)
+    return Corpus(ids(split == "train"), _reading(is_prose, about["prose"]), judged, about)
 
 
-def _reading(prose: np.ndarray, share: float) -> np.ndarray:
+def _reading(is_prose: np.ndarray, share: float) -> np.ndarray:
     """`Corpus.reading`, from which sequences are prose."""
-    own, some = np.flatnonzero(~prose), np.flatnonzero(prose)
+    own, some = np.flatnonzero(~is_prose), np.flatnonzero(is_prose)
     return np.concatenate([own, np.resize(some, round(len(own) * share / (1 - share)) if len(some) else 0)])
